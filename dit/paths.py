@@ -1,0 +1,86 @@
+"""Where things lie on disk, and how a result gets there: whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The folders of one checkout."""
+
+    root: Path = Path(".")
+
+    @property
+    def artifacts(self) -> Path:
+        """What DVC versions: one folder per stage, written by that stage alone."""
+        return self.root / "artifacts"
+
+    @property
+    def scratch(self) -> Path:
+        """Work in progress: ignored by git and by DVC."""
+        return self.root / "scratch"
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+
+@contextmanager
+def publish(folder: Path, scratch: Path) -> Iterator[Path]:
+    """Yield an empty folder under `scratch` that replaces `folder` when the block ends without an error.
+
+    The replacement is a rename, so whoever reads `folder` sees the old result or the new one. An error (a full
+    disk, an interruption) removes the unfinished folder and leaves `folder` as it was.
+    """
+    (scratch / "publish").mkdir(parents=True, exist_ok=True)
+    for abandoned in (scratch / "publish").glob(f"{folder.name}-*"):  # of a process that was killed: the stage's lock is ours
+        shutil.rmtree(abandoned, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=scratch / "publish"))
+    unfinished.chmod(0o755)
+    try:
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either all of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

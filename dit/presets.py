@@ -1,0 +1,71 @@
+"""Named settings: presets/NAME.yaml, each a full set or an overlay on another (`base: NAME`)."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from dit.config import read_params
+from dit.paths import write_atomic
+
+
+def names(folder: Path = Path("presets")) -> list[str]:
+    """The presets that exist."""
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def resolve(name: str, folder: Path = Path("presets")) -> dict[str, Any]:
+    """All settings of a preset, those of its base included. `name` may also be the path of a YAML file."""
+    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    if not file.is_file():
+        raise ValueError(f"preset {name!r} does not exist: choose one of {', '.join(names(folder))}")
+    overlay = read_params(file)
+    base = overlay.pop("base", None)
+    settings = resolve(base, folder) if base else {}
+    for section, values in overlay.items():
+        settings[section] = {**settings.get(section, {}), **values} if isinstance(values, dict) else values
+    return {**settings, "preset": file.stem}
+
+
+def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = None, *, write: bool = True) -> str:
+    """Put a preset into params.yaml, keeping its comments, and return what changes as a unified diff ('' if nothing)."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    settings = resolve(name, folder or params.parent / "presets")
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 120, True
+    before = params.read_text() if params.exists() else ""
+    document = yaml.load(before) or {}
+    for gone in [key for key in document if key not in settings]:
+        del document[gone]
+    for section, values in settings.items():
+        if not isinstance(values, dict) or not isinstance(document.get(section), dict):
+            _set(document, section, values)
+            continue
+        for gone in [key for key in document[section] if key not in values]:
+            del document[section][gone]
+        for key, value in values.items():
+            _set(document[section], key, value)
+    stream = StringIO()
+    yaml.dump(document, stream)
+    after = stream.getvalue()
+    if read_params_text(before) == read_params_text(after):
+        return ""
+    if write:
+        write_atomic(params, after.encode())
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "params.yaml", f"params.yaml ({name})", lineterm="", n=0)
+    return "\n".join(line for line in lines if not line.startswith("@@"))
+
+
+def read_params_text(text: str) -> Any:
+    """The values in a YAML text, comments and layout apart."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _set(mapping: Any, key: str, value: Any) -> None:
+    # An equal value is left as it stands: its notation and its comment are the person's.
+    if key not in mapping or mapping[key] != value or type(mapping[key]) is bool or type(value) is bool:
+        mapping[key] = value

@@ -1,0 +1,84 @@
+"""What the machine is: device, precision, threads. Settings that change no weights live here, in `run`."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the work is done, not what is computed: no stage becomes stale by a change here."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    num_threads: int = 1  # per process, on a CPU; 0 = as many as there are cores
+    device_batch_size: int = 0  # images in one forward-backward pass; 0 = the whole global batch
+    log_every_steps: int = 50
+    checkpoint_every_steps: int = 500
+    keep_checkpoints: int = 2
+    preview_every_steps: int = 0  # 0 = none but the last
+    experiment: str = "dit"
+
+    def __post_init__(self) -> None:
+        for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_threads", "device_batch_size", "preview_every_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def start(run: RunConfig) -> torch.device:
+    """Choose the device and fix the number of threads; call once, before any tensor work."""
+    device = pick_device(run.device)
+    if device.type == "cpu":
+        # One thread is the better default on a small machine: matrix products here are small, and a second
+        # thread that has to wait for a busy core costs more than it ever saves.
+        torch.set_num_threads(run.num_threads or os.cpu_count() or 1)
+    return device
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device named, or the best there is for `auto`. Raises ValueError where the machine lacks it."""
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted == "cpu" or (wanted == "auto" and available is None):
+        return torch.device("cpu")
+    if available is None or (wanted != "auto" and available.type != wanted):
+        raise ValueError(f"run.device: this machine has no {wanted!r}: use auto or cpu")
+    return torch.device(available.type, 0)
+
+
+def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> AbstractContextManager:
+    """Mixed precision as torch does it: bf16 where it is safe, no gradient scaling needed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class Progress:
+    """A line now and then: how far, how fast, how long still."""
+
+    def __init__(self, what: str, total: int, unit: str = "images", every_seconds: float = 5.0, say: Callable[[str], None] = print):
+        self.what, self.total, self.unit, self.every_seconds, self.say = what, total, unit, every_seconds, say
+        self.done, self.started, self.said = 0, time.monotonic(), time.monotonic()
+
+    def __call__(self, count: int, note: str = "") -> None:
+        """`count` more are done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= self.every_seconds or self.done >= self.total:
+            self.said = now
+            rate = self.done / max(now - self.started, 1e-9)
+            eta = (self.total - self.done) / max(rate, 1e-9)
+            self.say(f"{self.what}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {clock(eta)} left{note}")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person reads them: 42s, 3m05s, 2h07m, 3d04h."""
+    seconds = round(seconds)
+    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // lower_size:02d}{lower}"
+    return f"{seconds}s"
