@@ -1,0 +1,119 @@
+"""Checkpoints: the self-contained model folder that people use, and the training state that a run resumes from.
+
+Everything is safetensors and JSON: nothing is pickled, nothing runs code when it is opened.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit.model import DiT, ModelConfig
+from dit.paths import write_atomic, write_json
+
+FORMAT = "dit-checkpoint/1"
+
+
+@dataclass
+class Checkpoint:
+    """A network in eval mode and its config.json, which tells all that is needed to use it."""
+
+    model: DiT
+    config: dict[str, Any]
+
+
+def network_config(network: DiT) -> dict[str, Any]:
+    """What `build` needs to make this network again."""
+    shape = {"input_size": network.input_size, "in_channels": network.in_channels, "num_classes": network.num_classes}
+    return asdict(network.config) | shape
+
+
+def build(config: dict[str, Any]) -> DiT:
+    """A network of the shape that `network_config` told."""
+    shape = ("input_size", "in_channels", "num_classes")
+    sizes = ModelConfig(**{k: v for k, v in config.items() if k not in shape})
+    return DiT(sizes, **{k: config[k] for k in shape})
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write model.safetensors and config.json into an existing folder."""
+    save_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", {"format": FORMAT, **config})
+
+
+def load_checkpoint(folder: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
+    """Open a checkpoint folder. Raises ValueError where it is not one, or is torn."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ValueError(f"{folder} is not a checkpoint: config.json is missing or torn") from None
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder}/config.json is of format {config.get('format')!r}, this code reads {FORMAT!r}")
+    network = build(config["model"])
+    network.load_state_dict(load_tensors(folder / "model.safetensors"))
+    return Checkpoint(network.eval().requires_grad_(False).to(device), config)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, atomically, from wherever the tensors live."""
+    from safetensors.torch import save
+
+    write_atomic(path, save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises ValueError where it is missing or torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or torn ({error})") from None
+
+
+@dataclass
+class TrainingState:
+    """All that training needs to go on at `step`: tensors by name, and plain values."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_state(folder: Path, state: TrainingState, keep: int) -> None:
+    """Add a state to the folder, and let go of all but the last `keep`.
+
+    The sidecar with the digest is written after the tensors: a state counts once it is complete.
+    """
+    name = f"step-{state.step:08d}"
+    save_tensors(folder / f"{name}.safetensors", state.tensors)
+    sidecar = {"step": state.step, "sha256": _sha256(folder / f"{name}.safetensors"), "values": state.values}
+    write_json(folder / f"{name}.json", sidecar)
+    for old in sorted(folder.glob("step-*.json"))[:-keep]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def latest_state(folder: Path) -> TrainingState | None:
+    """The last state that is whole; torn ones are named and passed over."""
+    for sidecar in sorted(folder.glob("step-*.json"), reverse=True):
+        tensors = sidecar.with_suffix(".safetensors")
+        try:
+            told = json.loads(sidecar.read_text())
+            if _sha256(tensors) == told["sha256"]:
+                return TrainingState(told["step"], load_tensors(tensors), told["values"])
+        except (ValueError, KeyError, OSError):
+            pass
+        print(f"{tensors} is torn: passed over for the state before it")
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

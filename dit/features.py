@@ -1,0 +1,165 @@
+"""Feature spaces in which images are compared: a small classifier fitted on the data set itself.
+
+Two layers serve as features: `hidden` (the last hidden layer, which class proportions dominate) and `pooled` (the
+last convolution averaged over space). Where there are no labels the classifier learns which of four rotations it is
+shown instead. The extractor is registered with torch-fidelity under the name that metrics carry.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit.checkpoint import load_tensors, save_tensors
+from dit.randomness import generator
+
+LAYERS = ("hidden", "pooled", "logits")
+MAX_SIDE = 64  # larger images are averaged down to this side first
+BATCH = 256
+ROTATIONS = 4
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """How the evaluator's two classifiers are fitted: one on training images, the judge on held-out ones."""
+
+    max_steps: int = 600
+    batch_size: int = 64
+    lr: float = 2e-3
+    max_shift: int = 2  # pixels, random at each look
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.max_shift < 0:
+            raise ValueError("max_steps, batch_size and lr must be above 0, max_shift at least 0")
+
+
+class Classifier(nn.Module):
+    """uint8 images (N, 3, S, S) -> features by layer: hidden (N, 64), pooled (N, 64), logits (N, classes)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        layers = []
+        for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(4, outputs), nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(0.2)
+        self.hidden = nn.Linear(64 * 4 * 4, 64)
+        self.logits = nn.Linear(64, num_classes)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = images.float() / 127.5 - 1
+        if x.shape[-1] > MAX_SIDE:
+            x = F.interpolate(x, size=(MAX_SIDE, MAX_SIDE), mode="area")
+        x = self.convolutions(x)
+        hidden = F.relu(self.hidden(self.dropout(F.adaptive_avg_pool2d(x, 4).flatten(1))))
+        return {"hidden": hidden, "pooled": x.mean(dim=(2, 3)), "logits": self.logits(hidden)}
+
+
+def fit_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, config: ReferenceConfig, what: str) -> Classifier:
+    """Fit a classifier on uint8 images (N, S, S, 3); with num_classes 0, on their four rotations."""
+    draws = generator(config.seed, "classifier", what)
+    torch.manual_seed(int(torch.randint(2**31, (), generator=draws)))
+    classifier = Classifier(num_classes or ROTATIONS)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.max_steps, pct_start=0.1)
+    pixels, targets = to_channels_first(images), torch.from_numpy(labels)
+    for _ in range(config.max_steps):
+        picked = torch.randint(len(pixels), (config.batch_size,), generator=draws)
+        shown, wanted = pixels[picked], targets[picked]
+        if not num_classes:
+            wanted = torch.randint(ROTATIONS, (len(shown),), generator=draws)
+            shown = torch.stack([torch.rot90(x, int(k), (1, 2)) for x, k in zip(shown, wanted, strict=True)])
+        shift = torch.randint(-config.max_shift, config.max_shift + 1, (2,), generator=draws).tolist()
+        # Smoothed labels keep the logits, and with them the hidden layer, from growing without end: distances in it
+        # then say more about the images than about how long the classifier was fitted.
+        loss = F.cross_entropy(classifier(shifted(shown, *shift))["logits"], wanted, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval().requires_grad_(False)
+
+
+def shifted(images: Tensor, down: int, right: int) -> Tensor:
+    """Images (N, C, H, W) moved by whole pixels; the border is repeated where they came from."""
+    margin = max(abs(down), abs(right))
+    padded = F.pad(images.float(), (margin,) * 4, mode="replicate") if margin else images
+    H, W = images.shape[2:]
+    return padded[:, :, margin - down : margin - down + H, margin - right : margin - right + W]
+
+
+def to_channels_first(images: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) -> uint8 (N, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def extract(classifier: Classifier, images: np.ndarray | Iterable[np.ndarray]) -> dict[str, Tensor]:
+    """Features of uint8 images (N, H, W, 3), or of batches of them, by layer: each (N, width) float64."""
+    whole = isinstance(images, np.ndarray)
+    batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH)) if whole else images
+    parts = [classifier(to_channels_first(batch)) for batch in batches]
+    return {layer: torch.cat([part[layer] for part in parts]).double() for layer in LAYERS}
+
+
+def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
+    """The fraction of images that the classifier reads as their label."""
+    read = extract(classifier, images)["logits"].argmax(dim=1).numpy()
+    return float((read == labels).mean())
+
+
+def save_classifier(path: Path, classifier: Classifier) -> None:
+    save_tensors(path, classifier.state_dict())
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Raises ValueError where the file is missing or torn."""
+    tensors = load_tensors(path)
+    classifier = Classifier(len(tensors["logits.weight"]))
+    classifier.load_state_dict(tensors)
+    return classifier.eval().requires_grad_(False)
+
+
+def statistics(features: Tensor) -> dict[str, Any]:
+    """Mean and unbiased covariance of features (N, D), float64, as torch-fidelity's FID takes them."""
+    import dit.torchvision_cpu  # noqa: F401
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(features.double())
+
+
+def register_extractor(name: str, weights: Path) -> None:
+    """Make the classifier known to torch-fidelity, so that `calculate_metrics(feature_extractor=name)` finds it."""
+    import dit.torchvision_cpu  # noqa: F401
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    class Extractor(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **_: Any):
+            super().__init__(name, features_list)
+            self.classifier = load_classifier(weights)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return LAYERS
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return {"isc": "logits", "kid": "pooled"}.get(metric, "hidden")
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            features = self.classifier(images)
+            return tuple(features[layer] for layer in self.features_list)
+
+    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
+    register_feature_extractor(name, Extractor)

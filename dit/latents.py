@@ -1,0 +1,121 @@
+"""Latents on disk and in training: posterior moments in safetensors shards, and batches as a function of the step.
+
+A shard holds `mean` and `std` (n, C, h, w) float16 and `label` (n,), and, where images may be mirrored, `mean_mirror`
+and `std_mirror` of each mirror image.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit.randomness import permutation
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How raw latents are brought to unit scale: by the autoencoder's one factor, or channel by channel."""
+
+    normalization: Literal["scale", "channel"] = "scale"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of an encode folder. Raises ValueError where there is none."""
+    try:
+        return json.loads((folder / "index.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ValueError(f"{folder} holds no latents (index.json is missing or torn): run the stage `encode`") from None
+
+
+def index_digest(index: dict[str, Any]) -> str:
+    """sha256 over what training sees: the shards' content, the scale, the classes."""
+    seen = [[s["split"], s["sha256"]] for s in index["shards"]]
+    return hashlib.sha256(json.dumps([seen, index["normalization"], index["classes"]]).encode()).hexdigest()
+
+
+def require_autoencoder(index_or_config: dict[str, Any], digest: str, what: str) -> None:
+    """Raise ValueError unless latents or a model belong to the autoencoder with this digest."""
+    theirs = index_or_config["autoencoder"]
+    if theirs != digest:
+        raise ValueError(
+            f"{what} belong to another autoencoder ({theirs[:12]}) than the one given ({digest[:12]}): "
+            f"their numbers mean nothing to it; run `dvc repro` so that both come from the same one"
+        )
+
+
+class LatentDataset:
+    """The training latents in memory; `batch(step)` is a pure function of the seed and the step."""
+
+    def __init__(self, folder: Path, seed: int, global_batch_size: int):
+        from safetensors.torch import load_file
+
+        index = read_index(folder)
+        shards = [load_file(folder / s["file"]) for s in index["shards"] if s["split"] == "train"]
+        self.tensors = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+        self.size = len(self.tensors["label"])
+        self.mirror: bool = "mean_mirror" in self.tensors
+        self.seed, self.global_batch_size = seed, global_batch_size
+        normalization = index["normalization"]
+        self.shift = torch.tensor(normalization["mean"]).view(1, -1, 1, 1)
+        self.scale = torch.tensor(normalization["std"]).view(1, -1, 1, 1)
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, step: int) -> Tensor:
+        """The images of this step's global batch: epoch after epoch in a fresh order, batches run across the seam."""
+        positions = torch.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        epochs, places = positions // self.size, positions % self.size
+        result = torch.empty_like(positions)
+        for epoch in epochs.unique().tolist():
+            result[epochs == epoch] = self._order(epoch)[places[epochs == epoch]]
+        return result
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The tensors of this step's images, on the CPU."""
+        picked = self.indices(step)
+        return {key: tensor[picked] for key, tensor in self.tensors.items()}
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}  # a batch spans two at most times
+            self._orders[epoch] = permutation(self.size, self.seed, "data order", epoch)
+        return self._orders[epoch]
+
+
+def draw(batch: dict[str, Tensor], shift: Tensor, scale: Tensor, noise: Tensor, mirror: Tensor | None) -> Tensor:
+    """Latents sampled from their posterior and normalised: (mean + std noise - shift) / scale, (N, C, h, w).
+
+    `mirror` (N,) bool picks the mirror image's moments.
+    """
+    mean, std = batch["mean"].float(), batch["std"].float()
+    if mirror is not None:
+        pick = mirror.view(-1, 1, 1, 1)
+        mean = torch.where(pick, batch["mean_mirror"].float(), mean)
+        std = torch.where(pick, batch["std_mirror"].float(), std)
+    return (mean + std * noise - shift) / scale
+
+
+class Statistics:
+    """Running mean and standard deviation of latents per channel, posterior spread included; float64, mergeable."""
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.sum = torch.zeros(channels, dtype=torch.float64)
+        self.squares = torch.zeros(channels, dtype=torch.float64)
+
+    def add(self, mean: Tensor, std: Tensor) -> None:
+        """Moments (N, C, h, w) of N more images."""
+        mean, std = mean.double(), std.double()
+        self.count += mean.numel() // mean.shape[1]
+        self.sum += mean.sum(dim=(0, 2, 3))
+        self.squares += (mean.square() + std.square()).sum(dim=(0, 2, 3))
+
+    def __iter__(self) -> Iterator[list[float]]:
+        """mean, std."""
+        mean = self.sum / self.count
+        yield mean.tolist()
+        yield (self.squares / self.count - mean.square()).clamp(min=0).sqrt().tolist()

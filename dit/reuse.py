@@ -1,0 +1,113 @@
+"""Results that were made before: found by the digest of what they were made from, taken out of DVC's cache.
+
+DVC knows only whole stages: one new image, and it deletes all shards and has all of them made again. A small index in
+scratch/ remembers which file came of which inputs; DVC's cache still holds the file. What a stage made before it was
+killed is remembered the same way. A file is used only if its sha256 is right; without cache or index it is just built.
+"""
+
+import configparser
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit.paths import Paths, write_atomic
+
+MOST_ENTRIES = 100_000
+
+
+@dataclass(frozen=True)
+class Index:
+    """What one stage remembers: input digest -> {"md5", "sha256", "bytes", "note"}."""
+
+    file: Path
+    cache: Path  # DVC's
+    unfinished: Path  # files of a run that has not ended yet
+    entries: dict[str, dict[str, Any]]
+
+
+@contextmanager
+def opened(paths: Paths, stage: str) -> Iterator[Index]:
+    """The stage's index. Saved when the block ends without error; else the files made so far wait for the next run."""
+    file = paths.scratch / "reuse" / f"{stage}.json"
+    unfinished = paths.scratch / "reuse" / stage
+    entries = _read(file)
+    for note in sorted(unfinished.glob("*.json")):
+        entries[note.stem] = _read(note)
+    index = Index(file, cache_folder(paths.root), unfinished, {key: value for key, value in entries.items() if value})
+    yield index
+    newest = dict(list(index.entries.items())[-MOST_ENTRIES:])
+    write_atomic(file, json.dumps(newest, indent=0).encode())
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def fetch(index: Index, digest: str, destination: Path) -> dict[str, Any] | None:
+    """Put the file once made from `digest` at `destination`, by hard link or copy, and return what is remembered of it.
+
+    None, and nothing at `destination`, where there is no such file with the right sha256. The file may be DVC's own:
+    never write into it, only replace it.
+    """
+    entry = index.entries.get(digest)
+    if entry is None:
+        return None
+    for file in (index.cache / entry["md5"][:2] / entry["md5"][2:], index.unfinished / digest):
+        if file.is_file() and _hash(file, hashlib.sha256()) == [entry["sha256"]]:
+            _link(file, destination)
+            index.entries[digest] = index.entries.pop(digest)  # to the end: used lately
+            return entry
+    return None
+
+
+def remember(index: Index, digest: str, file: Path, note: Any = None) -> dict[str, Any]:
+    """Remember that `file` was made from `digest`, with a note (any JSON) that `fetch` gives back beside it."""
+    md5, sha256 = _hash(file, hashlib.md5(usedforsecurity=False), hashlib.sha256())
+    entry = {"md5": md5, "sha256": sha256, "bytes": file.stat().st_size, "note": note}
+    index.entries[digest] = entry
+    index.unfinished.mkdir(parents=True, exist_ok=True)
+    _link(file, index.unfinished / digest)
+    write_atomic(index.unfinished / f"{digest}.json", json.dumps(entry).encode())
+    return entry
+
+
+def cache_folder(root: Path) -> Path:
+    """The folder of DVC's cache that holds files by their MD5; it need not exist."""
+    for name in ("config.local", "config"):
+        config = configparser.RawConfigParser(strict=False)
+        with suppress(OSError, configparser.Error):
+            config.read_string((root / ".dvc" / name).read_text())
+        if folder := config.get("cache", "dir", fallback="").strip().strip("'\""):
+            return root / ".dvc" / folder / "files" / "md5"  # an absolute folder replaces what stands before it
+    return root / ".dvc" / "cache" / "files" / "md5"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _link(file: Path, destination: Path) -> None:
+    destination.unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(file), destination)
+    except OSError:  # another disk, or one without links
+        half = destination.with_name(f".{destination.name}.half")
+        try:
+            shutil.copyfile(file, half)
+            os.replace(half, destination)
+        finally:
+            half.unlink(missing_ok=True)
+
+
+def _hash(file: Path, *hashes: Any) -> list[str]:
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            for each in hashes:
+                each.update(block)
+    return [each.hexdigest() for each in hashes]

@@ -1,0 +1,116 @@
+"""Where MLflow's store is, and whether it answers.
+
+MLflow itself is not imported here: a "no" costs milliseconds, and so does "nothing has changed since".
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import sqlite3
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dit.paths import Paths, write_atomic
+
+PROBE_SECONDS = 3.0  # for the first sign of life of a server or a database
+SILENT_SECONDS = 900.0  # in which the stages of one pipeline do not repeat what one of them has said
+
+
+class Unreachable(Exception):
+    """MLflow cannot be used. The message says why, in one line."""
+
+
+def tracking_uri(paths: Paths) -> str:
+    """MLFLOW_TRACKING_URI, or else the database beside params.yaml."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(paths.root / 'mlflow.db').resolve()}"
+
+
+def require(uri: str, paths: Paths, migrate: Callable[[Path], None]) -> None:
+    """Raise within seconds unless the store at `uri` answers. A fresh SQLite database is set up by `migrate` first."""
+    database = database_file(uri)
+    if database is None:
+        return _probe(uri)
+    if _empty(database):
+        lock = paths.scratch / "lock" / "mlflow"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if _empty(database):
+                _make(database, migrate)
+    with contextlib.closing(sqlite3.connect(database, timeout=PROBE_SECONDS)) as connection:
+        connection.execute("BEGIN IMMEDIATE")  # fails where the file is torn, read-only, or held by another
+        connection.rollback()
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a `sqlite:///` address, else None."""
+    return Path(unquote(uri.removeprefix("sqlite:///").split("?")[0])).resolve() if uri.startswith("sqlite:///") else None
+
+
+def store_stamp(paths: Paths) -> list[int] | None:
+    """A local database's state as the file system sees it: equal stamps mean that nothing was written between. Else None."""
+    database = database_file(tracking_uri(paths))
+    if database is None or not database.is_file():
+        return None
+    stats = [file.stat() for file in (database, database.with_name(f"{database.name}-wal")) if file.is_file()]
+    return [number for s in stats for number in (s.st_ino, s.st_size, s.st_mtime_ns)]
+
+
+def say_unreachable(paths: Paths, reason: object) -> None:
+    """Print that MLflow is not there: once in a pipeline, though each stage is a process of its own."""
+    line = f"mlflow: {without_password(tracking_uri(paths))} cannot be used ({one_line(reason)}): going on without it"
+    said = paths.scratch / "mlflow-unreachable"
+    if said.is_file() and said.read_text() == line and time.time() - said.stat().st_mtime < SILENT_SECONDS:
+        return
+    write_atomic(said, line.encode())
+    print(line, flush=True)
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be shown and stored."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
+
+
+def one_line(reason: object) -> str:
+    """An error as a person reads it: its first 200 characters, on one line, without passwords."""
+    text = without_password(" ".join(str(reason).split())) or type(reason).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _empty(database: Path) -> bool:
+    return not database.is_file() or database.stat().st_size == 0
+
+
+def _make(database: Path, migrate: Callable[[Path], None]) -> None:
+    # MLflow cannot mend a database whose set-up was killed half-way. So it is made under another name: all or nothing.
+    database.parent.mkdir(parents=True, exist_ok=True)
+    fresh = database.with_name(f".{database.name}.new")
+    fresh.unlink(missing_ok=True)
+    migrate(fresh)
+    write_atomic(database, fresh.read_bytes())  # a copy: this process still holds the other one open
+    fresh.unlink()
+
+
+def _probe(uri: str) -> None:
+    """Raise unless there is a sign of life: an HTTP answer of whatever kind, or a port that opens."""
+    address = urlsplit(uri)
+    if address.scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                raise Unreachable(f"it answers {error.code} {error.reason}") from error
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for certificates
+                raise Unreachable(str(error.reason)) from error
+    elif address.hostname:
+        port = address.port or {"postgresql": 5432, "mysql": 3306, "mssql": 1433}.get(address.scheme.split("+")[0])
+        if port:
+            socket.create_connection((address.hostname, port), PROBE_SECONDS).close()

@@ -1,0 +1,209 @@
+"""DVC's DAG, walked from outside: which stages there are, and one stage run as `dvc repro --single-item`.
+
+DVC stays the only owner of the graph and of the cache: what is stale is never decided here. Only its command line is
+used (its Python API is private and would hold the repository's lock in this process). Knows nothing of Prefect.
+"""
+
+import codecs
+import graphlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+LAST_LINES = 15
+PROGRESS_EVERY_SECONDS = 10.0
+# The leash needs at most 25 s to end a stage; Prefect kills the flow after 30.
+DRAIN_SECONDS = 27.0
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of a stage.
+
+    `status`: `ran`; `cached` (DVC did not run it: unchanged, or taken from its cache); `interrupted` (it saved and
+    stopped: not a success); `failed`. `message` is empty for the first two, else what a person needs to know.
+    """
+
+    name: str
+    status: Literal["ran", "cached", "interrupted", "failed"]
+    seconds: float
+    message: str = ""
+
+
+def stages(root: Path) -> dict[str, tuple[str, ...]]:
+    """The stages of dvc.yaml in topological order, each with the stages it directly depends on.
+
+    Raises ValueError with DVC's own words where it can't read the pipeline.
+    """
+    # Both at once: each takes about half a second, nearly all of it imports.
+    listing, graph = _ask_dvc(root, ["stage", "list", "--name-only"], ["dag", "--dot"])
+    names = listing.split()
+    edges = set(re.findall(r'^"([^"]+)" -> "([^"]+)";', graph, flags=re.MULTILINE))
+    # The graph also has the nodes of *.dvc files.
+    needs = {name: tuple(other for other in names if (other, name) in edges) for name in names}
+    sorter = graphlib.TopologicalSorter(needs)
+    sorter.prepare()
+    order: list[str] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=names.index)  # among equals: as in dvc.yaml
+        order += ready
+        sorter.done(*ready)
+    return {name: needs[name] for name in order}
+
+
+def run_stage(
+    name: str,
+    root: Path,
+    on_line: Callable[[str], None],
+    *,
+    force: bool = False,
+    environment: Mapping[str, str] | None = None,
+    hold: int | None = None,
+) -> StageResult:
+    """Bring one stage up to date, its predecessors being so already.
+
+    Args:
+        on_line: gets each line as it comes; of a progress bar (carriage returns) one line every 10 s.
+        force: run it although nothing changed.
+        environment: set for the stage in addition.
+        hold: a file descriptor that stays open until the stage's last process is gone (a lock, see `turns`).
+
+    An exception that arrives meanwhile (KeyboardInterrupt, Prefect's TerminationSignal) first ends the stage, which
+    may save, and goes on once all its processes are gone. If this process is killed, they end too (see `leash`).
+    """
+    words = ["repro", "--single-item", *(["--force"] if force else []), name]
+    started, clock = time.time(), time.monotonic()
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    skipped = False
+    with subprocess.Popen(
+        # Another DVC command in this checkout (a person's `dvc status`) is waited for, not failed on.
+        [sys.executable, "-P", str(Path(__file__).with_name("leash.py")), *_dvc_command("--wait-for-lock", *words)],
+        cwd=root,
+        env=dvc_environment() | dict(environment or {}),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a Ctrl-C at the terminal is this process's to handle
+        pass_fds=() if hold is None else (hold,),
+    ) as leash:
+        assert leash.stdin and leash.stdout
+        try:
+            for line in _lines(leash.stdout):
+                last.append(line)
+                skipped = skipped or _says_skipped(line, name)
+                on_line(line)
+            code = leash.wait()
+        except BaseException:
+            leash.stdin.close()
+            _drain(leash, on_line)
+            raise
+    outcome = _outcome(root, name, since=started)
+    seconds = time.monotonic() - clock
+    if outcome.get("status") == "interrupted":
+        return StageResult(
+            name, "interrupted", seconds, outcome.get("message") or "interrupted: run it again to continue"
+        )
+    if code != 0:
+        lines = "\n".join(last)
+        said = outcome.get("message") if outcome.get("status") in ("refused", "failed") else None
+        return StageResult(name, "failed", seconds, f"{said}\n{lines}" if said else lines or f"dvc exited with {code}")
+    return StageResult(name, "cached" if skipped else "ran", seconds)
+
+
+def dvc_environment() -> dict[str, str]:
+    """This process's environment with this interpreter first on PATH: dvc.yaml's `python` is the one found there."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true", "PYTHONUNBUFFERED": "1"}
+
+
+def _dvc_command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *words]
+
+
+def _ask_dvc(root: Path, *questions: list[str]) -> list[str]:
+    asked = [
+        subprocess.Popen(
+            _dvc_command(*words),
+            cwd=root,
+            env=dvc_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words in questions
+    ]
+    answers = [dvc.communicate() for dvc in asked]
+    for dvc, (answer, complaint) in zip(asked, answers, strict=True):
+        if dvc.returncode != 0:
+            raise ValueError(f"dvc can't read the pipeline: {complaint.strip() or answer.strip()}")
+    return [answer for answer, _ in answers]
+
+
+def _says_skipped(line: str, name: str) -> bool:
+    return line in (
+        f"Stage '{name}' didn't change, skipping",
+        f"Stage '{name}' is cached - skipping run, checking out outputs",
+        f"Verifying outputs in frozen stage: '{name}'",
+    )
+
+
+def _lines(source: BinaryIO) -> Iterator[str]:
+    """Lines of a byte stream as they come, without colours and without empty ones.
+
+    What ends in a carriage return is a progress bar: the newest is passed on every PROGRESS_EVERY_SECONDS, and the
+    last one when something else follows.
+    """
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    pending, progress, passed = "", "", float("-inf")
+    while data := os.read(source.fileno(), 65536):
+        *complete, pending = re.split(r"(?<=[\r\n])", pending + decode(data))
+        for piece in complete:
+            text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", piece).rstrip()
+            if piece.endswith("\r") and text:
+                progress = text
+                if time.monotonic() - passed >= PROGRESS_EVERY_SECONDS:
+                    yield progress
+                    progress, passed = "", time.monotonic()
+            elif piece.endswith("\n"):
+                if progress:
+                    yield progress
+                progress, passed = "", float("-inf")
+                if text:
+                    yield text
+    yield from filter(None, (progress, pending.strip()))
+
+
+def _drain(leash: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
+    """Pass on what an ending stage still says; kill the leash only if it doesn't end in time."""
+    import threading
+
+    late = threading.Timer(DRAIN_SECONDS, leash.kill)
+    late.start()
+    try:
+        assert leash.stdout
+        for line in _lines(leash.stdout):
+            on_line(line)
+        leash.wait()
+    finally:
+        late.cancel()
+
+
+def _outcome(root: Path, name: str, since: float) -> dict[str, str]:
+    """What the stage itself wrote about its end, if it ran this time."""
+    file = root / "scratch" / "outcome" / f"{name}.json"
+    try:
+        if file.stat().st_mtime < since - 0.02:  # file times lag by up to a tick of the kernel
+            return {}
+        outcome = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return outcome if isinstance(outcome, dict) else {}

@@ -1,0 +1,186 @@
+"""A leash: runs one command, and nothing of it outlives the process that asked for it.
+
+DVC ended by a signal leaves its stage running, and ranks of a training in sessions of their own survive even a SIGKILL
+of DVC's process group; a second trainer beside the first is the result. So a small process stands between:
+
+    walker --pipe--> leash --> dvc repro --> stage --> ranks, loaders, ...
+
+The leash holds the reading end of a pipe as its standard input. When the other end closes, because the walker said so
+or because it was killed in whatever way, the leash ends everything below it: SIGINT (which DVC and a stage take as
+"save and stop"), then SIGTERM, then SIGKILL. On Linux it adopts every orphan below it, so that a double fork or a new
+session doesn't hide a process. Were the leash itself killed, the kernel kills DVC, and the stage's own watch on DVC
+does the rest.
+
+`python leash.py COMMAND...` exits with the command's status (128 + n for signal n).
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import BinaryIO
+
+# Prefect kills a cancelled flow after 30 s. These end before that, and leave the flow the time to report.
+ESCALATION = ((signal.SIGINT, 18.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0))
+LEFT_BEHIND = ((signal.SIGTERM, 3.0), (signal.SIGKILL, 2.0))
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def main(command: list[str]) -> int:
+    """Run `command` until it ends or standard input closes; returns the exit status for this process."""
+    # Loaded before the fork: between fork and exec nothing may be imported or locked.
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    if prctl:
+        prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    wake = _wake_on(signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    leash = os.getpid()
+
+    def die_with_leash() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != leash:
+            os._exit(1)
+
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+        preexec_fn=die_with_leash if prctl else None,
+    )
+    relay = threading.Thread(target=_relay, args=[child.stdout], daemon=True)
+    relay.start()
+    while (status := _reap(child.pid)) is None:
+        if _asked_to_stop(wake):
+            status = end_descendants(ESCALATION, group=child.pid, reap=lambda: _reap(child.pid))
+            break
+    child.returncode = status  # reaped here and not by Popen
+    _end_left_behind(child.pid)
+    relay.join(timeout=5)
+    return status if status is not None and status >= 0 else 128 - (status or 0)
+
+
+def _relay(source: BinaryIO) -> None:
+    """Pass the command's output on, for as long as somebody reads it.
+
+    A stage that saves because its walker was killed must not fail on printing that it saves.
+    """
+    read = True
+    while data := os.read(source.fileno(), 65536):
+        while read and data:
+            try:
+                data = data[os.write(sys.stdout.fileno(), data) :]
+            except OSError:
+                read = False
+
+
+def end_descendants(
+    escalation: tuple[tuple[signal.Signals, float], ...], group: int, reap: Callable[[], int | None] = lambda: None
+) -> int | None:
+    """End every process below this one; returns the exit status that `reap` saw for the command, if any.
+
+    Each step sends its signal once to the command's process group and once to every descendant outside of it (never
+    twice to one process: a second SIGINT would break off the save that the first one started), then waits.
+    """
+    status = None
+    for number, seconds in escalation:
+        outside = [process for process in descendants() if _group_of(process) != group]
+        if _signal(os.killpg, group, number) + sum(_signal(os.kill, process, number) for process in outside) == 0:
+            break
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            seen = reap()
+            status = seen if seen is not None else status
+            if not descendants():
+                return status
+            time.sleep(0.05)
+    return status
+
+
+def descendants() -> list[int]:
+    """The processes below this one that still run, those in other sessions included."""
+    import psutil
+
+    running = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                running.append(process.pid)
+        except psutil.NoSuchProcess:
+            pass
+    return running
+
+
+def _end_left_behind(group: int) -> None:
+    deadline = time.monotonic() + 1
+    while left := descendants():
+        if time.monotonic() > deadline:
+            _say(f"ending {len(left)} process(es) that the command left behind: {left}")
+            end_descendants(LEFT_BEHIND, group, reap=lambda: _reap(0))
+            return
+        _reap(0)
+        time.sleep(0.02)
+
+
+def _say(line: str) -> None:
+    try:
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+    except OSError:
+        pass  # nobody reads any more
+
+
+def _wake_on(*numbers: signal.Signals) -> int:
+    """A file that becomes readable when one of these signals came; it then holds their numbers."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    return reading
+
+
+def _asked_to_stop(wake: int) -> bool:
+    """Sleep until something happens; true if it was the walker's end or a signal to stop, and not a child's end."""
+    ready, _, _ = select.select([sys.stdin.fileno(), wake], [], [])
+    if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 64):
+        return True
+    return wake in ready and any(number != signal.SIGCHLD for number in os.read(wake, 64))
+
+
+def _reap(command: int) -> int | None:
+    """Collect ended children; the command's exit status (negative: its signal) once it is among them."""
+    status = None
+    while True:
+        try:
+            process, code = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if process == 0:
+            return status
+        if process == command:
+            status = os.waitstatus_to_exitcode(code)
+
+
+def _group_of(process: int) -> int | None:
+    try:
+        return os.getpgid(process)
+    except ProcessLookupError:
+        return None
+
+
+def _signal(send: Callable[[int, int], None], target: int, number: int) -> int:
+    try:
+        send(target, number)
+    except (ProcessLookupError, PermissionError):
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""What several test files need: reference tensors, and one thread, so that sums come out the same everywhere."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("posemb") gives the tensors of tests/golden/posemb.safetensors, and the file's `config`."""
+    from safetensors import safe_open
+
+    def read(name):
+        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, config
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def golden_network(golden):
+    """The network of a golden file, with its weights, in eval mode."""
+    from dit.model import DiT, ModelConfig
+
+    def build(name):
+        tensors, shape = golden(name)
+        config = ModelConfig(
+            name="custom",
+            patch_size=shape["patch_size"],
+            hidden_size=shape["hidden_size"],
+            depth=shape["depth"],
+            num_heads=shape["num_heads"],
+            learn_sigma=shape.get("learn_sigma", True),
+        )
+        network = DiT(config, input_size=shape["input_size"], in_channels=4, num_classes=shape["num_classes"])
+        network.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
+        return network.eval(), tensors
+
+    return build
