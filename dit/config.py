@@ -22,7 +22,9 @@ def read_params(path: Path) -> dict[str, Any]:
     try:
         params = YAML(typ="safe", pure=True).load(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} is not there: run in the project's folder, or make it with `dit preset digits`") from None
+        raise ValueError(
+            f"{path} is not there: run in the project's folder, or make it with `dit preset digits`"
+        ) from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
@@ -46,7 +48,9 @@ def load(stage: Callable[..., Any], path: Path = Path("params.yaml")) -> dict[st
     return {name: parse(name, params.get(name), kind, source=path.name) for name, kind in sections_of(stage).items()}
 
 
-def check_sections(stages: Iterable[Callable[..., Any]], params: dict[str, Any], source: str = "params.yaml") -> dict[str, Any]:
+def check_sections(
+    stages: Iterable[Callable[..., Any]], params: dict[str, Any], source: str = "params.yaml"
+) -> dict[str, Any]:
     """All sections of all stages; raises ValueError on any fault, sections that nobody takes included."""
     known = {name: kind for stage in stages for name, kind in sections_of(stage).items()}
     faults, sections = [], {}

@@ -54,7 +54,9 @@ class Diffusion:
         """Clean latents from predicted noise."""
         return self.at((1 / self.alphas_bar).sqrt(), t) * x_t - self.at((1 / self.alphas_bar - 1).sqrt(), t) * eps
 
-    def p_mean_log_variance(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def p_mean_log_variance(
+        self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """p(x_{t-1} | x_t) from the network's 2C channels: mean, log variance, predicted x, each (N, C, H, W).
 
         The log variance is interpolated between those of the posterior (v = -1) and beta (v = +1): arXiv 2102.09672,
@@ -62,7 +64,9 @@ class Diffusion:
         """
         eps, v = output.chunk(2, dim=1)
         fraction = (v + 1) / 2
-        log_variance = fraction * self.at(self.betas.log(), t) + (1 - fraction) * self.at(self.posterior_log_variance, t)
+        log_variance = fraction * self.at(self.betas.log(), t) + (1 - fraction) * self.at(
+            self.posterior_log_variance, t
+        )
         x = self.predict_x(x_t, t, eps)
         if clip:
             x = x.clamp(-1, 1)
@@ -152,7 +156,12 @@ def respace(diffusion: Diffusion, steps: Iterable[int]) -> Diffusion:
 
 
 def training_loss(
-    diffusion: Diffusion, model: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, y: Tensor, t: Tensor, noise: Tensor
+    diffusion: Diffusion,
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    t: Tensor,
+    noise: Tensor,
 ) -> Tensor:
     """Loss (N,) of the network at steps t (N,) for clean latents x (N, C, H, W) and labels y (N,)."""
     x_t = diffusion.q_sample(x, t, noise)

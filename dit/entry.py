@@ -78,7 +78,9 @@ def run(stage: Callable[..., None], paths: Paths) -> int:
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # a full disk must not hide what is being reported
         outcome = {"stage": name, "status": _STATUS[code], "message": message, "exit_code": code}
-        write_json(paths.scratch / "outcome" / f"{name}.json", {**outcome, "seconds": round(time.monotonic() - started, 2)})
+        write_json(
+            paths.scratch / "outcome" / f"{name}.json", {**outcome, "seconds": round(time.monotonic() - started, 2)}
+        )
     return code
 
 
@@ -142,7 +144,9 @@ def _refuse_foreign_code() -> None:
     # An editable install makes `import dit` find another checkout than the one whose artifacts would be written.
     here, code = Path.cwd().resolve(), Path(__file__).resolve().parents[1]
     if (here / "dit" / "entry.py").exists() and code != here:
-        raise ValueError(f"the code at {code} would run on the artifacts of {here}: call `python -m dit.stages...` there")
+        raise ValueError(
+            f"the code at {code} would run on the artifacts of {here}: call `python -m dit.stages...` there"
+        )
 
 
 def _disk_full(error: BaseException) -> str:

@@ -61,7 +61,9 @@ class Classifier(nn.Module):
         return {"hidden": hidden, "pooled": x.mean(dim=(2, 3)), "logits": self.logits(hidden)}
 
 
-def fit_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int, config: ReferenceConfig, what: str) -> Classifier:
+def fit_classifier(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, config: ReferenceConfig, what: str
+) -> Classifier:
     """Fit a classifier on uint8 images (N, S, S, 3); with num_classes 0, on their four rotations."""
     draws = generator(config.seed, "classifier", what)
     torch.manual_seed(int(torch.randint(2**31, (), generator=draws)))
@@ -128,17 +130,19 @@ def load_classifier(path: Path) -> Classifier:
 
 def statistics(features: Tensor) -> dict[str, Any]:
     """Mean and unbiased covariance of features (N, D), float64, as torch-fidelity's FID takes them."""
-    import dit.torchvision_cpu  # noqa: F401
     from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    import dit.torchvision_cpu  # noqa: F401
 
     return fid_features_to_statistics(features.double())
 
 
 def register_extractor(name: str, weights: Path) -> None:
     """Make the classifier known to torch-fidelity, so that `calculate_metrics(feature_extractor=name)` finds it."""
-    import dit.torchvision_cpu  # noqa: F401
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    import dit.torchvision_cpu  # noqa: F401
 
     class Extractor(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **_: Any):

@@ -49,7 +49,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         if self.num_images < 1 or self.block_images < 1:
-            raise ValueError(f"num_images and block_images must be at least 1, got {self.num_images} and {self.block_images}")
+            raise ValueError(
+                f"num_images and block_images must be at least 1, got {self.num_images} and {self.block_images}"
+            )
         names = [setting.name for setting in self.settings]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"settings must be at least one, each with a name of its own, got {names}")
@@ -59,11 +61,15 @@ def require_sampler(setting: Setting, objective: str, num_classes: int) -> None:
     """Raise ValueError unless a model of this objective can be drawn from with this setting."""
     if setting.sampler not in SAMPLERS[objective]:
         allowed = " or ".join(SAMPLERS[objective])
-        raise ValueError(f"sample.settings {setting.name!r}: sampler {setting.sampler!r} does not fit objective {objective!r}: use {allowed}")
+        raise ValueError(
+            f"sample.settings {setting.name!r}: sampler {setting.sampler!r} does not fit objective {objective!r}: use {allowed}"
+        )
     if setting.sampler in SAMPLERS["diffusion"] and setting.num_steps > 1000:
         raise ValueError(f"sample.settings {setting.name!r}: num_steps must be at most 1000, got {setting.num_steps}")
     if num_classes == 0 and setting.cfg_scale != 1:
-        raise ValueError(f"sample.settings {setting.name!r}: an unconditional model has nothing to guide: set cfg_scale to 1")
+        raise ValueError(
+            f"sample.settings {setting.name!r}: an unconditional model has nothing to guide: set cfg_scale to 1"
+        )
 
 
 def draw_labels(labels: str, num_classes: int, seed: int, indices: Sequence[int]) -> Tensor:
@@ -75,14 +81,18 @@ def draw_labels(labels: str, num_classes: int, seed: int, indices: Sequence[int]
     return torch.stack([torch.randint(num_classes, (), generator=generator(seed, "label", i)) for i in indices])
 
 
-def latent_noise(shape: tuple[int, ...], seed: int, indices: Sequence[int], device: torch.device | str) -> Callable[[], Tensor]:
+def latent_noise(
+    shape: tuple[int, ...], seed: int, indices: Sequence[int], device: torch.device | str
+) -> Callable[[], Tensor]:
     """A source of standard normal (N, *shape): each image draws from a generator of its own."""
     generators = [generator(seed, "sample", i) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 @torch.no_grad()
-def generate_latents(checkpoint: Checkpoint, setting: Setting, labels: Tensor, indices: Sequence[int], *, seed: int) -> Tensor:
+def generate_latents(
+    checkpoint: Checkpoint, setting: Setting, labels: Tensor, indices: Sequence[int], *, seed: int
+) -> Tensor:
     """Normalised latents (N, C, h, w) of images number `indices`, drawn for `labels` (N,)."""
     network, objective = checkpoint.model, checkpoint.config["objective"]["name"]
     require_sampler(setting, objective, network.num_classes)
@@ -101,7 +111,13 @@ def generate_latents(checkpoint: Checkpoint, setting: Setting, labels: Tensor, i
 
 
 def generate(
-    checkpoint: Checkpoint, autoencoder: Autoencoder, setting: Setting, labels: Tensor, indices: Sequence[int], *, seed: int
+    checkpoint: Checkpoint,
+    autoencoder: Autoencoder,
+    setting: Setting,
+    labels: Tensor,
+    indices: Sequence[int],
+    *,
+    seed: int,
 ) -> Tensor:
     """uint8 images (N, H, W, 3), in one block.
 
@@ -131,14 +147,3 @@ def generate_blocks(
         labels.append(wanted.numpy())
         progress(len(indices))
     return np.concatenate(images), np.concatenate(labels)
-
-
-def grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 images (N, H, W, 3) side by side, row by row, one pixel of white between them."""
-    rows = -(-len(images) // columns)
-    H, W = images.shape[1:3]
-    sheet = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (H + 1), i % columns * (W + 1)
-        sheet[top : top + H, left : left + W] = image
-    return sheet

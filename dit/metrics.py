@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit.features import extract, load_classifier, statistics
 from dit.checkpoint import load_tensors
+from dit.features import extract, load_classifier, statistics
 
 LOWER_IS_BETTER = ("fid", "kid")
 
@@ -51,7 +51,9 @@ class Reference:
         try:
             told = json.loads((folder / "reference.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
-            raise ValueError(f"{folder} holds no reference (reference.json is missing or torn): run the stage `reference`") from None
+            raise ValueError(
+                f"{folder} holds no reference (reference.json is missing or torn): run the stage `reference`"
+            ) from None
         return cls(folder, told["extractor"], told["digest"], told["num_classes"])
 
 
@@ -60,11 +62,12 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
 
     Raises ValueError for too few images: N must exceed the neighbours and splits that the settings ask for.
     """
-    import dit.torchvision_cpu  # noqa: F401
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
+
+    import dit.torchvision_cpu  # noqa: F401
 
     least = max(evaluate.nearest_k + 1, 2)
     if len(images) < least:
@@ -90,7 +93,11 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
     )
     result[f"kid_{space}_pooled_{count}"] = kid["kernel_inception_distance_mean"]
     prc = prc_features_to_metric(
-        features["hidden"], real["hidden"].double(), prc_neighborhood=evaluate.nearest_k, prc_batch_size=10000, verbose=False
+        features["hidden"],
+        real["hidden"].double(),
+        prc_neighborhood=evaluate.nearest_k,
+        prc_batch_size=10000,
+        verbose=False,
     )
     result[f"precision_{space}_{count}"] = prc["precision"]
     result[f"recall_{space}_{count}"] = prc["recall"]

@@ -41,7 +41,9 @@ class ModelConfig:
                 raise ValueError(f"name must be custom or one of {{{','.join(SIZES)}}}/{{2,4,8}}, got {self.name!r}")
             given = [k for k, v in sizes.items() if v is not None]
             if given:
-                raise ValueError(f"{given[0]} is already said by model.name {self.name!r}: set it to null, or name to custom")
+                raise ValueError(
+                    f"{given[0]} is already said by model.name {self.name!r}: set it to null, or name to custom"
+                )
             return
         for key, value in sizes.items():
             if value is None or value < 1:

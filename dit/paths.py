@@ -40,7 +40,9 @@ def publish(folder: Path, scratch: Path) -> Iterator[Path]:
     disk, an interruption) removes the unfinished folder and leaves `folder` as it was.
     """
     (scratch / "publish").mkdir(parents=True, exist_ok=True)
-    for abandoned in (scratch / "publish").glob(f"{folder.name}-*"):  # of a process that was killed: the stage's lock is ours
+    for abandoned in (scratch / "publish").glob(
+        f"{folder.name}-*"
+    ):  # of a process that was killed: the stage's lock is ours
         shutil.rmtree(abandoned, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=scratch / "publish"))
     unfinished.chmod(0o755)

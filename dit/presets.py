@@ -13,6 +13,11 @@ def names(folder: Path = Path("presets")) -> list[str]:
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
+def headline(name: str, folder: Path = Path("presets")) -> str:
+    """The first line of a preset's header."""
+    return (folder / f"{name}.yaml").read_text().partition("\n")[0].removeprefix("#").strip()
+
+
 def resolve(name: str, folder: Path = Path("presets")) -> dict[str, Any]:
     """All settings of a preset, those of its base included. `name` may also be the path of a YAML file."""
     file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
@@ -54,7 +59,9 @@ def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = N
         return ""
     if write:
         write_atomic(params, after.encode())
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "params.yaml", f"params.yaml ({name})", lineterm="", n=0)
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), "params.yaml", f"params.yaml ({name})", lineterm="", n=0
+    )
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
 

@@ -42,7 +42,7 @@ def provenance(paths: Paths, stage: str = "train") -> dict[str, str]:
 def inputs(root: Path, stage: str) -> dict[str, str]:
     """DVC's hashes of the artifacts that `stage` reads, by path.
 
-    They are those of the stages that made them: while `stage` runs, dvc.lock's own entry for it is that of the last time.
+    They are those of the stages that made them: while `stage` runs, its own entry in dvc.lock is that of last time.
     """
     reads = (_read(root / "dvc.yaml").get("stages") or {}).get(stage, {}).get("deps", [])
     made = (_read(root / "dvc.lock").get("stages") or {}).values()

@@ -70,7 +70,9 @@ def ddim(model: Model, x: Tensor, diffusion: Diffusion, clip: bool = False) -> T
         clean = diffusion.predict_x(x, t, eps)
         if clip:  # the noise that leads from the clipped prediction to x_t
             clean = clean.clamp(-1, 1)
-            eps = (x - diffusion.at(diffusion.alphas_bar.sqrt(), t) * clean) / diffusion.at((1 - diffusion.alphas_bar).sqrt(), t)
+            eps = (x - diffusion.at(diffusion.alphas_bar.sqrt(), t) * clean) / diffusion.at(
+                (1 - diffusion.alphas_bar).sqrt(), t
+            )
         previous = diffusion.at(diffusion.alphas_bar_prev, t)
         x = previous.sqrt() * clean + (1 - previous).sqrt() * eps
     return x

@@ -51,11 +51,12 @@ def require(uri: str, paths: Paths, migrate: Callable[[Path], None]) -> None:
 
 def database_file(uri: str) -> Path | None:
     """The file of a `sqlite:///` address, else None."""
-    return Path(unquote(uri.removeprefix("sqlite:///").split("?")[0])).resolve() if uri.startswith("sqlite:///") else None
+    scheme, _, path = uri.partition(":///")
+    return Path(unquote(path.split("?")[0])).resolve() if scheme == "sqlite" and path else None
 
 
 def store_stamp(paths: Paths) -> list[int] | None:
-    """A local database's state as the file system sees it: equal stamps mean that nothing was written between. Else None."""
+    """A local database's state as the file system sees it: equal means nothing was written. Else None."""
     database = database_file(tracking_uri(paths))
     if database is None or not database.is_file():
         return None
@@ -91,7 +92,7 @@ def _empty(database: Path) -> bool:
 def _make(database: Path, migrate: Callable[[Path], None]) -> None:
     # MLflow cannot mend a database whose set-up was killed half-way. So it is made under another name: all or nothing.
     database.parent.mkdir(parents=True, exist_ok=True)
-    fresh = database.with_name(f".{database.name}.new")
+    fresh = database.with_name(f"{database.name}.new")
     fresh.unlink(missing_ok=True)
     migrate(fresh)
     write_atomic(database, fresh.read_bytes())  # a copy: this process still holds the other one open
@@ -103,7 +104,7 @@ def _probe(uri: str) -> None:
     address = urlsplit(uri)
     if address.scheme in ("http", "https"):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS).close()
+            urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError as error:
             if error.code >= 500:
                 raise Unreachable(f"it answers {error.code} {error.reason}") from error

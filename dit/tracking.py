@@ -4,6 +4,7 @@ The files under artifacts/ are the truth and MLflow mirrors them. So whatever fa
 pipeline goes on: nobody waits for a server that does not answer, and a training does not even wait for one that does.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -13,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,18 @@ class Dataset:
 
 
 class Run:
-    """A run at MLflow. `Run()` is nobody's: it takes all and keeps nothing. Only `close` ever waits, for seconds."""
+    """A run at MLflow. `Run()` is nobody's: it takes all and keeps nothing. Only `close` ever waits, for seconds.
 
-    def __init__(self, client: Any = None, id: str | None = None, uri: str | None = None, system_metrics: bool = False):
-        self.id, self.tracking_uri = id, uri and store.without_password(uri)
+    A `live` run is one that is going on: the machine is watched, and the end of a `with` block is its end.
+    """
+
+    def __init__(self, client: Any = None, id: str | None = None, uri: str | None = None, live: bool = False):
+        self.id, self.tracking_uri, self.live = id, uri and store.without_password(uri), live
         self._client, self._monitor, self._outbox = client, None, None
         if client is None:
             return
         self._outbox = Outbox(lambda points: _log_points(client, id, points), self._say)
-        if system_metrics:
+        if live:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self._monitor = SystemMetricsMonitor(id, resume_logging=True, tracking_uri=uri)
@@ -90,7 +94,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self.close(status if self.live else None)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Points of curves, by name. Takes microseconds; they are sent every few seconds."""
@@ -119,10 +124,12 @@ class Run:
             self.artifact(f"{name}.png", drawn.getvalue())
 
     def artifact(self, name: str, content: Path | bytes | str) -> None:
-        """A file: where it is, or what stands in it. It is read at once and held in memory: for reports and pictures."""
+        """A file: where it is, or what stands in it. Read at once and held in memory: for reports and pictures."""
         if not self._outbox:
             return
-        data = content.read_bytes() if isinstance(content, Path) else content.encode() if isinstance(content, str) else content
+        if isinstance(content, Path):
+            content = content.read_bytes()
+        data = content.encode() if isinstance(content, str) else content
         folder, _, base = name.rpartition("/")
 
         def send() -> None:
@@ -160,7 +167,6 @@ def open_run(
     datasets: Iterable[Dataset] = (),
     tags: dict[str, str] | None = None,
     run_id: str | None = None,
-    system_metrics: bool = True,
 ) -> Run:
     """The run of a training: a new one, or `run_id` continued. Settings and provenance are taken from `paths`.
 
@@ -177,14 +183,14 @@ def open_run(
             client.update_run(run_id, status="RUNNING")
         _log_settings(client, run, settings(paths))
         _log_datasets(client, run.info.run_id, datasets)
-        return Run(client, run.info.run_id, uri, system_metrics)
+        return Run(client, run.info.run_id, uri, live=True)
     except Exception as error:
         store.say_unreachable(paths, error)
         return Run()
 
 
 def continue_run(paths: Paths, *, experiment: str) -> Run:
-    """The run that artifacts/train/run.json names, for later stages to add to; close it without a status.
+    """The run that artifacts/train/run.json names, for later stages to add to.
 
     A run that MLflow does not know, since it was restored elsewhere or trained while MLflow was away, is made again
     from params.yaml, loss.csv and metrics.json: once, tagged with the original's id. So is the rest of a run whose
@@ -208,6 +214,25 @@ def continue_run(paths: Paths, *, experiment: str) -> Run:
     except Exception as error:
         store.say_unreachable(paths, error)
         return Run()
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn what MLflow and its libraries raise into `store.Unreachable`; other errors are the program's own."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("mlflow", "requests", "urllib3", "sqlalchemy"):
+            raise
+        raise store.Unreachable(store.one_line(error)) from error
+
+
+def download(model_uri: str, folder: Path) -> Path:
+    """Fetch a registered model's files into an empty folder; returns where MLflow put them."""
+    import mlflow
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(folder)))
 
 
 def _known(client: Any, run_id: str | None) -> Any:

@@ -5,6 +5,8 @@ the step. So what a run computes does not depend on where it was stopped, and th
 only the rounding.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,12 +16,12 @@ from torch import Tensor
 
 from dit import diffusion, ema, transport
 from dit.checkpoint import TrainingState, build, network_config
-from dit.config import digest
 from dit.latents import LatentDataset, draw
 from dit.model import DiT
+from dit.progress import Progress
 from dit.randomness import generator
-from dit.runtime import Progress, RunConfig, autocast
-from dit.vae import warmup_cosine
+from dit.runtime import RunConfig, autocast
+from dit.schedule import warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ def mathematics(network: DiT, objective: ObjectiveConfig, train: TrainConfig, la
     `max_steps` is no part of it where the learning rate does not depend on it: raising it continues the same training.
     """
     settings = asdict(train)
-    del settings["snapshot_every_steps"]
     if train.lr_schedule == "constant":
         del settings["max_steps"]
-    return digest(network_config(network), objective, settings, latents)
+    told = [network_config(network), asdict(objective), settings, latents]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fit(
@@ -139,7 +141,9 @@ def fit(
             rows.append([step, loss, train.lr_at(step - 1)])
             losses.clear()
             log(step, {"loss": loss, "lr": train.lr_at(step - 1)})
-        note = f" (step {step}/{train.max_steps}, loss {rows[-1][1]:.4f})" if rows else f" (step {step}/{train.max_steps})"
+        note = (
+            f" (step {step}/{train.max_steps}, loss {rows[-1][1]:.4f})" if rows else f" (step {step}/{train.max_steps})"
+        )
         progress(train.global_batch_size, note)
         if run.preview_every_steps and (step % run.preview_every_steps == 0 or last):
             observe(step, average)
@@ -182,7 +186,12 @@ def train_step(
 
 
 def step_inputs(
-    batch: dict[str, Tensor], data: LatentDataset, network: DiT, objective: ObjectiveConfig, train: TrainConfig, step: int
+    batch: dict[str, Tensor],
+    data: LatentDataset,
+    network: DiT,
+    objective: ObjectiveConfig,
+    train: TrainConfig,
+    step: int,
 ) -> dict[str, Tensor]:
     """x, y, t and noise of a step's global batch: all randomness of the step, drawn in one fixed order."""
     mean, device = batch["mean"], batch["mean"].device
@@ -209,7 +218,9 @@ def loss_of(network: DiT, objective: ObjectiveConfig, x: Tensor, y: Tensor, t: T
 def require_objective(network: Any, objective: ObjectiveConfig) -> None:
     """Raise ValueError where the network's outputs do not fit the objective."""
     if objective.name == "diffusion" and not network.learn_sigma:
-        raise ValueError("model.learn_sigma must be true for objective.name diffusion: it learns the range of variances")
+        raise ValueError(
+            "model.learn_sigma must be true for objective.name diffusion: it learns the range of variances"
+        )
 
 
 _CHAIN = diffusion.Diffusion(diffusion.linear_betas())

@@ -6,7 +6,6 @@ is a property of the latents (see latents.py).
 
 import hashlib
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit.progress import Progress
 from dit.randomness import generator
-from dit.runtime import Progress
+from dit.schedule import warmup_cosine
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -61,8 +61,9 @@ class VaeConfig:
 
 def import_diffusers():
     """diffusers' AutoencoderKL, imported late: it takes seconds."""
-    import dit.torchvision_cpu  # noqa: F401
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    import dit.torchvision_cpu  # noqa: F401
 
     return AutoencoderKL
 
@@ -170,13 +171,6 @@ def fit(images: np.ndarray, config: VaeConfig, device: torch.device) -> "Autoenc
     return network
 
 
-def warmup_cosine(step: int, max_steps: int, warmup_steps: int) -> float:
-    """A factor for the learning rate: up in a straight line, then down to 0 along a half cosine."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
-
-
 def fetch(pretrained: str, destination: Path) -> None:
     """Copy a pretrained autoencoder (a diffusers folder, or a hub id) to `destination`.
 
@@ -189,7 +183,9 @@ def fetch(pretrained: str, destination: Path) -> None:
         source = source / "vae"
     for name in (CONFIG, WEIGHTS):
         if not (source / name).is_file():
-            raise ValueError(f"vae.pretrained: {pretrained} has no {name}; a diffusers autoencoder's folder holds {CONFIG} and {WEIGHTS}")
+            raise ValueError(
+                f"vae.pretrained: {pretrained} has no {name}; a diffusers autoencoder's folder holds {CONFIG} and {WEIGHTS}"
+            )
         shutil.copyfile(source / name, destination / name)
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -22,6 +22,10 @@ LAST_LINES = 15
 PROGRESS_EVERY_SECONDS = 10.0
 # The leash needs at most 25 s to end a stage; Prefect kills the flow after 30.
 DRAIN_SECONDS = 27.0
+_ADVICE = (
+    *("To track the changes with git, run:", "To enable auto staging, run:", "Use `dvc push` to send your updates"),
+    *("\tgit add ", "\tdvc config core.autostage"),
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def run_stage(
     ) as leash:
         assert leash.stdin and leash.stdout
         try:
-            for line in _lines(leash.stdout):
+            for line in _lines(_chunks(leash.stdout)):
                 last.append(line)
                 skipped = skipped or _says_skipped(line, name)
                 on_line(line)
@@ -156,30 +160,33 @@ def _says_skipped(line: str, name: str) -> bool:
     )
 
 
-def _lines(source: BinaryIO) -> Iterator[str]:
-    """Lines of a byte stream as they come, without colours and without empty ones.
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Lines of output as they come, without colours, empty ones and DVC's advice on git.
 
     What ends in a carriage return is a progress bar: the newest is passed on every PROGRESS_EVERY_SECONDS, and the
-    last one when something else follows.
+    last one unless something was written over it.
     """
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     pending, progress, passed = "", "", float("-inf")
-    while data := os.read(source.fileno(), 65536):
+    for data in chunks:
         *complete, pending = re.split(r"(?<=[\r\n])", pending + decode(data))
         for piece in complete:
             text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", piece).rstrip()
-            if piece.endswith("\r") and text:
+            if piece.endswith("\n"):
+                if (text := text or progress) and not text.startswith(_ADVICE):
+                    yield text
+                progress, passed = "", float("-inf")
+            elif text:
                 progress = text
                 if time.monotonic() - passed >= PROGRESS_EVERY_SECONDS:
                     yield progress
                     progress, passed = "", time.monotonic()
-            elif piece.endswith("\n"):
-                if progress:
-                    yield progress
-                progress, passed = "", float("-inf")
-                if text:
-                    yield text
-    yield from filter(None, (progress, pending.strip()))
+    yield from filter(None, [pending.rstrip() or progress])
+
+
+def _chunks(source: BinaryIO) -> Iterator[bytes]:
+    """Bytes as soon as there are any."""
+    return iter(lambda: os.read(source.fileno(), 65536), b"")
 
 
 def _drain(leash: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
@@ -190,7 +197,7 @@ def _drain(leash: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> No
     late.start()
     try:
         assert leash.stdout
-        for line in _lines(leash.stdout):
+        for line in _lines(_chunks(leash.stdout)):
             on_line(line)
         leash.wait()
     finally:

@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 # Prefect kills a cancelled flow after 30 s. These end before that, and leave the flow the time to report.
 ESCALATION = ((signal.SIGINT, 18.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0))
-LEFT_BEHIND = ((signal.SIGTERM, 3.0), (signal.SIGKILL, 2.0))
+AFTER_SUCCESS = ((signal.SIGTERM, 3.0), (signal.SIGKILL, 2.0))
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -57,10 +57,10 @@ def main(command: list[str]) -> int:
     relay.start()
     while (status := _reap(child.pid)) is None:
         if _asked_to_stop(wake):
-            status = end_descendants(ESCALATION, group=child.pid, reap=lambda: _reap(child.pid))
+            status = end_descendants(ESCALATION, child.pid)
             break
     child.returncode = status  # reaped here and not by Popen
-    _end_left_behind(child.pid)
+    _end_left_behind(child.pid, AFTER_SUCCESS if status == 0 else ESCALATION)
     relay.join(timeout=5)
     return status if status is not None and status >= 0 else 128 - (status or 0)
 
@@ -79,24 +79,24 @@ def _relay(source: BinaryIO) -> None:
                 read = False
 
 
-def end_descendants(
-    escalation: tuple[tuple[signal.Signals, float], ...], group: int, reap: Callable[[], int | None] = lambda: None
-) -> int | None:
-    """End every process below this one; returns the exit status that `reap` saw for the command, if any.
+def end_descendants(escalation: tuple[tuple[signal.Signals, float], ...], command: int) -> int | None:
+    """End every process below this one; returns the exit status of `command` (the leader of a group) if it ended now.
 
     Each step sends its signal once to the command's process group and once to every descendant outside of it (never
     twice to one process: a second SIGINT would break off the save that the first one started), then waits.
     """
     status = None
     for number, seconds in escalation:
-        outside = [process for process in descendants() if _group_of(process) != group]
-        if _signal(os.killpg, group, number) + sum(_signal(os.kill, process, number) for process in outside) == 0:
-            break
+        outside = [process for process in descendants() if _group_of(process) != command]
+        _signal(os.killpg, command, number)
+        for process in outside:
+            _signal(os.kill, process, number)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            seen = reap()
-            status = seen if seen is not None else status
-            if not descendants():
+            running = descendants()
+            seen = _reap(command)
+            status = status if seen is None else seen
+            if not running:
                 return status
             time.sleep(0.05)
     return status
@@ -116,12 +116,13 @@ def descendants() -> list[int]:
     return running
 
 
-def _end_left_behind(group: int) -> None:
+def _end_left_behind(command: int, escalation: tuple[tuple[signal.Signals, float], ...]) -> None:
+    """End what runs on without the command: of a DVC that was killed, the stage, which may want to save."""
     deadline = time.monotonic() + 1
     while left := descendants():
         if time.monotonic() > deadline:
             _say(f"ending {len(left)} process(es) that the command left behind: {left}")
-            end_descendants(LEFT_BEHIND, group, reap=lambda: _reap(0))
+            end_descendants(escalation, command)
             return
         _reap(0)
         time.sleep(0.02)
@@ -174,12 +175,11 @@ def _group_of(process: int) -> int | None:
         return None
 
 
-def _signal(send: Callable[[int, int], None], target: int, number: int) -> int:
+def _signal(send: Callable[[int, int], None], target: int, number: int) -> None:
     try:
         send(target, number)
     except (ProcessLookupError, PermissionError):
-        return 0
-    return 1
+        pass
 
 
 if __name__ == "__main__":

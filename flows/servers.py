@@ -4,6 +4,7 @@ Both listen on 127.0.0.1 only. Prefect's database and settings are in `scratch/l
 touched. MLflow's `mlflow.db` and `mlartifacts/` are the pipeline's own, which it also uses when no server runs.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -40,14 +41,17 @@ def ensure(
     for name, port in ports.items():
         if who := services.holder(port):
             raise ValueError(f"port {port} is taken by {who}: end it, or choose another with {name.upper()}_PORT=...")
-    for name, port in ports.items():
-        its_environment = environment(root, {name: Service(name, 0, 0, port)})
-        found[name] = services.start(folder, name, _command(name, root, port), its_environment, root, port)
-        started.append(found[name])
     if ports:
-        say(f"starting {' and '.join(ports)} on port {' and '.join(map(str, ports.values()))} ...")
-    for service in found.values():
-        wait_until(lambda s=service: answers(s), service, folder)
+        say(f"starting {' and '.join(f'{name} on port {port}' for name, port in ports.items())} ...")
+    # A stage that sets up the same fresh database at this moment holds this lock.
+    database = turns.turn(root / "scratch" / "lock", "mlflow", "the start of MLflow's server", say)
+    with database if "mlflow" in ports else contextlib.nullcontext():
+        for name, port in ports.items():
+            its_environment = environment(root, {name: Service(name, 0, 0, port)})
+            found[name] = services.start(folder, name, _command(name, root, port), its_environment, root, port)
+            started.append(found[name])
+        for service in found.values():
+            wait_until(lambda s=service: answers(s), service, folder)
     return found
 
 
@@ -74,6 +78,7 @@ def environment(root: Path, servers: dict[str, Service]) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PREFECT_HOME": str(folder_of(root).resolve() / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # of a server on this machine: a run need not wait up to 10 s
         "DO_NOT_TRACK": "true",
         "DVC_NO_ANALYTICS": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",

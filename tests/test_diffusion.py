@@ -35,7 +35,9 @@ def test_tables_equal_the_reference():
         for theirs, name in ours.items():
             if f"{label}.{theirs}" in reference:
                 actual = getattr(diffusion, name).numpy()
-                np.testing.assert_allclose(actual, reference[f"{label}.{theirs}"], rtol=1e-12, err_msg=f"{label}.{theirs}")
+                np.testing.assert_allclose(
+                    actual, reference[f"{label}.{theirs}"], rtol=1e-12, err_msg=f"{label}.{theirs}"
+                )
                 compared += 1
     assert compared >= 5 * 8
 

@@ -1,4 +1,4 @@
-"""Shards: a fair and steady split, bytes that depend on listing and settings alone, and little work for little change."""
+"""Shards: a fair and steady split, bytes that listing and settings decide alone, little work for little change."""
 
 import hashlib
 import io
@@ -99,6 +99,12 @@ def test_the_share_is_right_on_average_however_small_the_blocks():
         assert abs(len(held_out(listing, data)) - 400) <= 4
     first, second = (held_out(listing, config(labels="none", num_classes=0, split_seed=seed)) for seed in (0, 1))
     assert len(first) == len(second) == 800 and len(first & second) < 300
+
+
+def test_a_class_that_is_all_copies_is_trained_on():
+    rows = [Row(str(n), 1, "one and the same", 0, 0, n) for n in range(9)]
+    for seed in range(5):
+        assert not held_out(Listing("set", "none", [], rows), config(labels="none", num_classes=0, split_seed=seed))
 
 
 def test_a_listing_is_planned_in_blocks():
@@ -281,7 +287,9 @@ def test_too_much_of_it_stops_the_stage_and_touches_nothing(project):
     before = project.files()
     put(project.source, "cat/000.png", "cat/001.png", "cat/002.png", "cat/003.png", content=b"no picture")
     scan(project.data, paths=project.paths)
-    with pytest.raises(ValueError, match=r"data.max_bad_fraction: 4 of 45 .*'cat/000.png': neither .*'cat/002.png'") as e:
+    with pytest.raises(
+        ValueError, match=r"data.max_bad_fraction: 4 of 45 .*'cat/000.png': neither .*'cat/002.png'"
+    ) as e:
         shard(project.data, paths=project.paths)
     assert "cat/003.png" not in str(e.value) and "\n" not in str(e.value)
     assert project.files() == before

@@ -279,7 +279,11 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
 
 
 rows = st.builds(
-    Row, st.text(max_size=8).filter(lambda key: key.isprintable()), st.integers(0), st.just("ab"), *[st.integers(0, 99)] * 3
+    Row,
+    st.text(max_size=8).filter(lambda key: key.isprintable()),
+    st.integers(0),
+    st.just("ab"),
+    *[st.integers(0, 99)] * 3,
 )
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dit import entry
 from dit.paths import Paths, write_atomic
+from dit.progress import Progress
 from dit.sources import (
     DataConfig,
     Entry,
@@ -100,7 +101,7 @@ def _content_hashes(data: DataConfig, images: list[Entry], scratch: Path) -> dic
     started = time.time_ns()
     known = {image.key: memory[image.key][3] for image in images if _unchanged(image, memory.get(image.key))}
     unknown = [image for image in images if image.key not in known]
-    hashes = known | dict(_with_progress(_hash_all(data, unknown), len(unknown)))
+    hashes = known | dict(_hash_all(data, unknown))
     settled = {
         image.key: [*image.stamp, hashes[image.key]]
         for image in images
@@ -116,9 +117,12 @@ def _unchanged(image: Entry, remembered: list | None) -> bool:
 
 
 def _hash_all(data: DataConfig, images: list[Entry]) -> Iterator[Hashed]:
+    progress = Progress("scan", len(images), say=print if len(images) >= 10_000 else lambda line: None)
     with ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(images), 512):  # all at once would keep an interrupt waiting
-            yield from filter(None, pool.map(partial(_hash, data), images[first : first + 512]))
+            part = images[first : first + 512]
+            yield from filter(None, pool.map(partial(_hash, data), part))
+            progress(len(part))
 
 
 def _hash(data: DataConfig, image: Entry) -> Hashed | None:
@@ -128,16 +132,6 @@ def _hash(data: DataConfig, image: Entry) -> Hashed | None:
         return None
     except OSError:
         return image.key, ""
-
-
-def _with_progress(items: Iterable[Hashed], total: int, every_seconds: float = 5.0) -> Iterator[Hashed]:
-    # Not runtime's: that page imports torch, which takes longer than a scan.
-    started = said = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if (now := time.monotonic()) - said >= every_seconds:
-            said, rate = now, done / (now - started)
-            print(f"scan: read {done}/{total} images, {rate:.0f} images/s, {(total - done) / rate:.0f}s left")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 
 from dit import entry, reuse
 from dit.paths import Paths, publish, write_json
-from dit.runtime import Progress
+from dit.progress import Progress
 from dit.shards import SPLITS, Block, build_manifest, count_classes, input_digest, plan, write_shard
 from dit.sources import DataConfig, read_listing
 

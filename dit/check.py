@@ -1,0 +1,77 @@
+"""All settings of all stages at once, before any work starts: each section by itself, then what must fit together."""
+
+import importlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dit.config import check_sections, read_params
+from dit.paths import Paths
+
+STAGES = ("scan", "shard", "vae", "encode", "reference", "train", "ema", "sample", "evaluate", "register", "report")
+
+
+def stage_functions() -> list[Callable[..., None]]:
+    """The function of each stage, in the order of the pipeline."""
+    return [getattr(importlib.import_module(f"dit.stages.{name}"), name) for name in STAGES]
+
+
+def check(paths: Paths) -> dict[str, Any]:
+    """The sections of params.yaml, valid and fitting together. Raises ValueError with a line for each fault."""
+    require_git(paths)
+    sections = check_sections(stage_functions(), read_params(paths.params))
+    faults = list(conflicts(sections))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return sections
+
+
+def require_git(paths: Paths) -> None:
+    """Raise ValueError outside a git repository: DVC, and a model's provenance, rest on one."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=paths.root, capture_output=True)
+    except FileNotFoundError:
+        raise ValueError("git is not installed: DVC needs it") from None
+    if found.returncode:
+        raise ValueError(
+            "this folder is in no git repository, and DVC needs one: git init && git add -A && git commit -m begin"
+        )
+
+
+def conflicts(sections: dict[str, Any]):
+    """Yield a line for each pair of settings that cannot go together."""
+    from dit.generation import require_sampler
+    from dit.trainer import require_objective
+
+    data, vae, model, sample = (sections[name] for name in ("data", "vae", "model", "sample"))
+    factor = latent_factor(vae)
+    if factor and data.image_size % factor:
+        yield f"data.image_size: {data.image_size} is no multiple of {factor}, the autoencoder's factor"
+    elif factor and (side := data.image_size // factor) % (patch := model.resolved().patch_size):
+        yield f"model.patch_size: {patch} does not divide the latent side {side} (image size {data.image_size} / {factor})"
+    rules = [lambda: require_objective(model, sections["objective"])]
+    rules += [lambda s=s: require_sampler(s, sections["objective"].name, data.num_classes) for s in sample.settings]
+    for rule in rules:
+        try:
+            rule()
+        except ValueError as error:
+            yield str(error)
+    if data.held_out_fraction == 0:
+        yield "data.held_out_fraction: 0 leaves nothing to judge the model by: give it some images"
+    if sample.num_images <= sections["evaluate"].nearest_k:
+        yield f"sample.num_images: {sample.num_images} is too few for evaluate.nearest_k {sections['evaluate'].nearest_k}"
+    names = [setting.name for setting in sample.settings]
+    if sections["register"].setting not in names:
+        yield f"register.setting: {sections['register'].setting!r} is not one of sample.settings ({', '.join(names)})"
+
+
+def latent_factor(vae: Any) -> int | None:
+    """Pixels per latent, where it can be known without a download."""
+    if vae.pretrained is None:
+        return vae.factor
+    for file in (Path(vae.pretrained) / "config.json", Path(vae.pretrained) / "vae" / "config.json"):
+        if file.is_file():
+            return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
+    return 8 if vae.pretrained.startswith("stabilityai/sd-vae") else None

@@ -1,0 +1,111 @@
+"""Which of two models is the better one: a figure, the terms on which it was come by, and a new figure on those terms.
+
+Two models are compared on equal terms only: the same metric, extractor, reference, number of images, labels, seed and
+sampling. Where a model was scored on others, it draws again and is scored again.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit.config import digest
+from dit.generation import SAMPLERS, SampleConfig, Setting, generate_blocks
+from dit.metrics import EvaluateConfig, lower_is_better, score
+from dit.progress import Progress
+
+
+class Incomparable(Exception):
+    """Two models that no common terms fit."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with its figure `value`, the terms of it, and `digest` of weights, autoencoder and metrics.json."""
+
+    digest: str
+    metric: str  # its full name, as in metrics.json
+    value: float
+    setting: Setting
+    terms: dict[str, Any]
+    config: dict[str, Any]  # the checkpoint's config.json
+
+    @property
+    def score_tag(self) -> str:
+        """A name for these terms: where the registry keeps a version's figure on them."""
+        return f"dit.score.{digest(self.terms)}"
+
+
+def read_candidate(
+    artifacts: Path, setting: str, metric: str, sample: SampleConfig, evaluate: EvaluateConfig
+) -> Candidate:
+    """Read artifacts/{ema,vae,evaluate}. Raises ValueError where the metrics lack what is asked for."""
+    file = artifacts / "evaluate" / "metrics.json"
+    told = json.loads(file.read_text())
+    known = {s.name: s for s in sample.settings if s.name in told["settings"]}
+    if setting not in known:
+        raise ValueError(f"register.setting: {setting!r} is none of sample.settings: use {' or '.join(known)}")
+    row = told["settings"][setting]
+    name = find_metric(metric, list(row), told["extractor"])
+    terms = {key: told[key] for key in ("extractor", "reference", "num_images")}
+    terms |= {"metric": name, "labels": sample.labels, "seed": sample.seed, "evaluate": asdict(evaluate)}
+    terms["setting"] = {key: value for key, value in asdict(known[setting]).items() if key != "name"}
+    files = [f for part in ("ema", "vae") for f in sorted((artifacts / part).rglob("*")) if f.is_file()]
+    content = [[str(f.relative_to(artifacts)), sha256(f)] for f in [*files, file]]
+    config = json.loads((artifacts / "ema" / "config.json").read_text())
+    return Candidate(digest(content), name, row[name], known[setting], terms, config)
+
+
+def find_metric(wanted: str, names: list[str], extractor: str) -> str:
+    """The full name (`fid_digits_classifier_pooled_1k`) of a metric (`fid_pooled`, or the full name itself)."""
+    short = {name.rpartition("_")[0].replace(f"_{extractor}", ""): name for name in names}
+    if wanted not in names and wanted not in short:
+        raise ValueError(f"register.metric: {wanted!r} is not among the metrics: use one of {', '.join(short)}")
+    return wanted if wanted in names else short[wanted]
+
+
+def beats(metric: str, value: float, champion: float) -> bool:
+    """Whether a figure is strictly better than the champion's. One that is not finite never wins and always loses."""
+    if not math.isfinite(value) or not math.isfinite(champion):
+        return math.isfinite(value)
+    return value < champion if lower_is_better(metric) else value > champion
+
+
+def rescore(
+    ema: Path,
+    vae: Path,
+    own: Setting | None,
+    candidate: Candidate,
+    sample: SampleConfig,
+    evaluate: EvaluateConfig,
+    reference: Path,
+    device: Any,
+) -> tuple[float, Setting]:
+    """Another model's figure on the candidate's terms, and the setting that it drew with.
+
+    That is the candidate's, unless its sampler does not fit the other's objective: then it is `own`, the setting that
+    the other was scored with before. Raises Incomparable where it draws other things, or cannot be read by this code.
+    """
+    from dit.checkpoint import load_checkpoint
+    from dit.vae import Autoencoder
+
+    try:
+        checkpoint, autoencoder = load_checkpoint(ema, device), Autoencoder.load(vae, device)
+        for what in ("classes", "image_size"):
+            if checkpoint.config[what] != candidate.config[what]:
+                raise Incomparable(f"its {what} are {checkpoint.config[what]}, not {candidate.config[what]}")
+        fits = candidate.setting.sampler in SAMPLERS[checkpoint.config["objective"]["name"]]
+        setting = candidate.setting if fits or own is None else own
+        progress = Progress("the champion draws", sample.num_images)
+        images, labels = generate_blocks(checkpoint, autoencoder, setting, sample, progress=progress)
+    except ValueError as error:
+        raise Incomparable(" ".join(str(error).split())) from error
+    return score(images, labels, reference, evaluate)[candidate.metric], setting
+
+
+def sha256(file: Path) -> str:
+    """The digest of a file's content."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

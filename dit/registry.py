@@ -1,0 +1,108 @@
+"""The registry of models at MLflow: numbered versions found by the digest of what they hold, and their aliases."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DIGEST = "dit.digest"  # the tag that a version is found by: it is there from the moment the version is
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version and its tags."""
+
+    number: int
+    tags: dict[str, str]
+    run_id: str | None
+
+
+class Registry:
+    """The versions of the model `name`, through an `MlflowClient`; `workspace` has room for a model."""
+
+    def __init__(self, client: Any, name: str, workspace: Path):
+        self._client, self.name, self._workspace = client, name, workspace
+        workspace.mkdir(parents=True, exist_ok=True)
+
+    def find(self, digest: str) -> Version | None:
+        """The version of this content; of several (two machines at once) the first."""
+        found = self._client.search_model_versions(f"name = '{self.name}' and tags.`{DIGEST}` = '{digest}'")
+        return min(map(_version, found), key=lambda version: version.number, default=None)
+
+    def aliases(self) -> dict[str, int]:
+        """{"champion": 3}. Asked of the model: what a search returns carries no aliases."""
+        try:
+            return {
+                alias: int(number) for alias, number in self._client.get_registered_model(self.name).aliases.items()
+            }
+        except Exception as error:
+            if not _absent(error):
+                raise
+            return {}
+
+    def get(self, number: int) -> Version:
+        """A version by its number."""
+        return _version(self._client.get_model_version(self.name, str(number)))
+
+    def add(
+        self, digest: str, run_id: str, tags: dict[str, str], pack: Callable[[Path, dict[str, Any]], None]
+    ) -> Version:
+        """A new version, of the folder that `pack(folder, entry)` writes; `entry` says what it is in MLflow.
+
+        Killed at any point and called again, it ends with one version: the files first, then the version with its
+        digest in a single step.
+        """
+        if not self._exists():
+            self._client.create_registered_model(self.name)
+        model = self._model(digest, run_id)
+        if str(model.status) != "READY":
+            with tempfile.TemporaryDirectory(dir=self._workspace) as there:
+                folder = Path(there) / "model"
+                entry = {"artifact_path": model.artifact_location, "model_uuid": model.model_id}
+                pack(folder, {**entry, "model_id": model.model_id, "run_id": run_id})
+                self._client.log_model_artifacts(model.model_id, str(folder))
+            self._client.finalize_logged_model(model.model_id, "READY")
+        told = {**tags, DIGEST: digest}
+        made = self._client.create_model_version(
+            self.name, f"models:/{model.model_id}", run_id, told, model_id=model.model_id
+        )
+        return _version(made)
+
+    def tag(self, version: Version, tags: dict[str, object]) -> None:
+        """Set tags of a version."""
+        for key, value in tags.items():
+            self._client.set_model_version_tag(self.name, str(version.number), key, str(value))
+
+    def set_alias(self, alias: str, version: Version) -> None:
+        """Move an alias to a version: one step at MLflow."""
+        self._client.set_registered_model_alias(self.name, alias, str(version.number))
+
+    def drop_alias(self, alias: str) -> None:
+        """Take an alias away from whatever has it."""
+        self._client.delete_registered_model_alias(self.name, alias)
+
+    def _exists(self) -> bool:
+        try:
+            return bool(self._client.get_registered_model(self.name))
+        except Exception as error:
+            if not _absent(error):
+                raise
+            return False
+
+    def _model(self, digest: str, run_id: str) -> Any:
+        # MLflow keeps a model's files under an entry of their own; one that a killed attempt left is used.
+        experiment = self._client.get_run(run_id).info.experiment_id
+        where = f"source_run_id = '{run_id}' and tags.`{DIGEST}` = '{digest}'"
+        left = self._client.search_logged_models([experiment], filter_string=where)
+        if left:
+            return left[0]
+        return self._client.create_logged_model(experiment, self.name, run_id, {DIGEST: digest}, model_type="diffusion")
+
+
+def _version(told: Any) -> Version:
+    return Version(int(told.version), dict(told.tags), told.run_id)
+
+
+def _absent(error: Exception) -> bool:
+    return getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")

@@ -1,0 +1,235 @@
+"""register: the model with its figures goes to the registry, and becomes @champion if it is better than the champion.
+
+It runs every time and changes nothing where nothing has changed: a version is found by the digest of what it holds. Its
+tags say which steps are done (tested, decided, settled), so that what was killed goes on where it stopped.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit import entry, runtime, store, tracking
+from dit.config import digest
+from dit.contest import Candidate, Incomparable, beats, read_candidate, rescore, sha256
+from dit.generation import SampleConfig, Setting
+from dit.metrics import EvaluateConfig
+from dit.paths import Paths, publish, write_json
+from dit.provenance import provenance, settings
+from dit.registry import Registry, Version
+from dit.runtime import RunConfig
+
+TESTED, RECORD, SETTLED, TERMS = "dit.tested", "dit.record", "dit.settled", "dit.terms"
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """The registered model's name, and the figure that decides: `metric` (fid, fid_pooled, ...) of a sample setting."""
+
+    model_name: str
+    setting: str
+    metric: str = "fid"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.model_name):
+            raise ValueError(f"model_name must be letters, digits, dashes and dots, got {self.model_name!r}")
+
+
+def register(
+    register: RegisterConfig, sample: SampleConfig, evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths
+) -> None:
+    """Write artifacts/register/model.json: name, version, alias, the decision and its reasons.
+
+    Where MLflow does not answer it says `"registered": false` and why; the next run makes it good.
+    """
+    candidate = read_candidate(paths.artifacts, register.setting, register.metric, sample, evaluate)
+    key = digest(candidate.digest, candidate.terms, register, store.tracking_uri(paths))
+    told = _remembered(paths, key)
+    if told is None:
+
+        def score_champion(champion: Version) -> tuple[float, Setting]:
+            return _score_champion(champion, register.model_name, candidate, sample, evaluate, run, paths)
+
+        try:
+            with tracking.translated():
+                client = tracking.connect(paths, timeout_seconds=300)  # a request may carry the weights
+                registry = Registry(client, register.model_name, _workspace(paths))
+                version = registry.find(candidate.digest) or _add(registry, candidate, sample, run, paths)
+                told = _settle(registry, version, candidate, score_champion, paths)
+        except store.Unreachable as error:
+            store.say_unreachable(paths, error)
+            told = _offline(register.model_name, candidate, error)
+        if told["decision"] in ("champion", "challenger"):
+            write_json(_workspace(paths) / "last.json", {"key": key, "store": store.store_stamp(paths), "told": told})
+    with publish(paths.artifacts / "register", paths.scratch) as folder:
+        write_json(folder / "model.json", told)
+    what = f"version {told['version']}, {told['decision']}" if told["registered"] else "not registered"
+    print(f"{told['name']}: {what}. {' '.join(told['reasons'])}")
+
+
+def _settle(
+    registry: Registry,
+    version: Version,
+    candidate: Candidate,
+    score_champion: Callable[[Version], tuple[float, Setting]],
+    paths: Paths,
+) -> dict[str, Any]:
+    """Test, decide, move the alias: what of it is not done yet. Returns the content of model.json."""
+    if TESTED not in version.tags:
+        from dit import served
+
+        conditional = candidate.config["model"]["num_classes"] > 0
+        served.try_out(f"models:/{registry.name}/{version.number}", store.tracking_uri(paths), conditional)
+        registry.tag(version, {TESTED: "true"})
+    record = json.loads(version.tags.get(RECORD, "{}"))
+    if record.get("terms") != digest(candidate.terms):
+        registry.tag(version, {candidate.score_tag: repr(candidate.value), TERMS: json.dumps(candidate.terms)})
+        record = {"terms": digest(candidate.terms), **_decide(registry, version, candidate, score_champion)}
+        if record["decision"] != "undecided":
+            registry.tag(version, {RECORD: json.dumps(record)})
+    if version.tags.get(SETTLED) != digest(record):  # else the aliases are as decided, or as a person moved them since
+        before = registry.aliases()
+        registry.set_alias(record["alias"], version)
+        if record["alias"] == "champion" and before.get("challenger") == version.number:
+            registry.drop_alias("challenger")
+        registry.tag(version, {SETTLED: digest(record)})
+    return _tell(registry, version, candidate, record)
+
+
+def _decide(
+    registry: Registry,
+    version: Version,
+    candidate: Candidate,
+    score_champion: Callable[[Version], tuple[float, Setting]],
+) -> dict[str, Any]:
+    """The alias, the decision and its reasons; the champion that it was compared with, and the champion's figure."""
+    number = registry.aliases().get("champion")
+
+    rival = f"Champion version {number}"
+
+    def told(decision: str, *reasons: str, value: float = math.nan) -> dict[str, Any]:
+        alias = "champion" if decision == "champion" else "challenger"
+        told = {"alias": alias, "decision": decision, "reasons": list(reasons)}
+        return told | {"champion_version": number, "champion_value": _finite(value)}
+
+    if number == version.number:
+        return told("champion", "It is the champion already.")
+    if not math.isfinite(candidate.value):
+        return told("challenger", f"Its {candidate.metric} is {candidate.value}, which never wins.")
+    if number is None:
+        return told("champion", "There was no champion.")
+    champion, reasons = registry.get(number), []
+    if candidate.score_tag in champion.tags:
+        value = float(champion.tags[candidate.score_tag])
+    else:
+        try:
+            value, setting = score_champion(champion)
+        except Incomparable as error:
+            return told("challenger", f"{rival} is not comparable: {error}. Move the alias by hand.")
+        except store.Unreachable as error:
+            return told("undecided", f"{rival} could not be fetched: {error}. The next run tries again.")
+        registry.tag(champion, {candidate.score_tag: repr(value)})
+        reasons.append(f"{rival} had been scored on other terms, so it drew again and was scored again.")
+        if setting != candidate.setting:
+            theirs, ours = setting.sampler, candidate.setting.sampler
+            reasons.append(f"It drew with {theirs}, since {ours} does not fit its objective.")
+    wins = beats(candidate.metric, candidate.value, value)
+    verb = "beats" if wins else "equals" if candidate.value == value else "does not beat"
+    reasons.append(f"{candidate.metric} {candidate.value:.6g} {verb} champion version {number}'s {value:.6g}.")
+    return told("champion" if wins else "challenger", *reasons, value=value)
+
+
+def _score_champion(
+    champion: Version,
+    name: str,
+    candidate: Candidate,
+    sample: SampleConfig,
+    evaluate: EvaluateConfig,
+    run: RunConfig,
+    paths: Paths,
+) -> tuple[float, Setting]:
+    place = _workspace(paths) / "champion"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        with tracking.translated():
+            files = tracking.download(f"models:/{name}/{champion.number}", place) / "artifacts"
+        if not (files / "ema").is_dir():
+            raise store.Unreachable("its weights are not among its files")
+        own = json.loads(champion.tags[TERMS])["setting"] if TERMS in champion.tags else None
+        reference, device = paths.artifacts / "reference", runtime.start(run)
+        setting = Setting("own", **own) if own else None
+        return rescore(files / "ema", files / "vae", setting, candidate, sample, evaluate, reference, device)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _add(registry: Registry, candidate: Candidate, sample: SampleConfig, run: RunConfig, paths: Paths) -> Version:
+    from dit import served
+
+    def pack(folder: Path, entry: dict[str, Any]) -> None:
+        first = [candidate.setting, *(s for s in sample.settings if s != candidate.setting)]
+        parts = {name: (paths.artifacts / name).resolve() for name in ("ema", "vae")}
+        served.pack(folder, **parts, settings=first, seed=sample.seed, block_images=sample.block_images, entry=entry)
+
+    with tracking.continue_run(paths, experiment=run.experiment) as mirror:
+        if mirror.id is None:
+            raise store.Unreachable("the run could not be continued")
+        tags = {name: str(candidate.terms[name]) for name in ("extractor", "reference", "num_images", "metric")}
+        tags |= {"value": repr(candidate.value), "setting": candidate.setting.name, "run_id": mirror.id}
+        tags |= {"model_digest": sha256(paths.artifacts / "ema" / "model.safetensors")}
+        tags |= {"license": str(candidate.config.get("license")), "params_digest": digest(settings(paths))}
+        tags |= {name: value for name, value in provenance(paths).items() if name.startswith("git.")}
+        version = registry.add(candidate.digest, mirror.id, tags, pack)
+        mirror.tags({"dit.registered": f"{registry.name}/{version.number}"})
+    return version
+
+
+def _tell(registry: Registry, version: Version, candidate: Candidate, record: dict[str, Any]) -> dict[str, Any]:
+    aliases, reasons = registry.aliases(), list(record["reasons"])
+    alias = next((name for name in ("champion", "challenger") if aliases.get(name) == version.number), None)
+    if alias != record["alias"]:
+        now = aliases.get(record["alias"])
+        reasons.append(f"Since then @{record['alias']} has moved to {f'version {now}' if now else 'no version'}.")
+    told = {"name": registry.name, "registered": True, "version": version.number, "alias": alias}
+    told |= {"decision": record["decision"], "reasons": reasons, **_figure(candidate)}
+    told |= {name: record[name] for name in ("champion_version", "champion_value")}
+    return told | {"run_id": version.run_id}
+
+
+def _offline(name: str, candidate: Candidate, error: store.Unreachable) -> dict[str, Any]:
+    told = {"name": name, "registered": False, "version": None, "alias": None, "decision": "offline"}
+    told |= {"reasons": [f"MLflow could not be used ({error}). The next run makes it good."], **_figure(candidate)}
+    return told | {"champion_version": None, "champion_value": None, "run_id": None}
+
+
+def _figure(candidate: Candidate) -> dict[str, Any]:
+    told = {"metric": candidate.metric, "value": _finite(candidate.value)}
+    return told | {"setting": candidate.setting.name, "digest": candidate.digest}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _remembered(paths: Paths, key: str) -> dict[str, Any] | None:
+    # A local database that was not written to since says what it said then: no need to ask.
+    try:
+        last = json.loads((_workspace(paths) / "last.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    same = last["key"] == key and last["store"] is not None and last["store"] == store.store_stamp(paths)
+    return last["told"] if same else None
+
+
+def _workspace(paths: Paths) -> Path:
+    folder = paths.scratch / "register"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+if __name__ == "__main__":
+    entry.main(register)

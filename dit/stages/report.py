@@ -1,0 +1,154 @@
+"""report: one self-contained page that a person opens: pictures, curves, metrics with their floors, settings, lineage."""
+
+import base64
+import csv
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from dit import entry
+from dit.paths import Paths, publish
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .25rem .8rem; text-align: left; }
+td.number { text-align: right; } tr:nth-child(even) { background: #f6f6f8; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
+figure img { image-rendering: pixelated; width: 26rem; max-width: 100%; } figcaption, .note { color: #666; font-size: .9rem; }
+pre { background: #f6f6f8; padding: 1rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def report(*, paths: Paths) -> None:
+    """Write artifacts/report/index.html. It reads files only, and needs neither network nor server to be looked at."""
+    at = paths.artifacts
+    told = {
+        name: json.loads((at / file).read_text())
+        for name, file in {
+            "metrics": "evaluate/metrics.json",
+            "model": "register/model.json",
+            "checkpoint": "ema/config.json",
+            "run": "train/run.json",
+            "reference": "reference/reference.json",
+            "vae": "vae/fit.json",
+        }.items()
+    }
+    checkpoint = told["checkpoint"]
+    title = f"{checkpoint['data']['name']}: {told['model']['name']}"
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        summary(told),
+        "<h2>Pictures</h2>",
+        pictures(at),
+        "<h2>Metrics</h2>",
+        metrics_table(told["metrics"]),
+        "<h2>Loss</h2>",
+        loss_curve(at / "train" / "loss.csv"),
+        "<h2>Lineage</h2>",
+        lineage(told),
+        "<h2>Settings</h2>",
+        f"<pre>{html.escape(paths.params.read_text())}</pre>",
+    ]
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    with publish(at / "report", paths.scratch) as folder:
+        (folder / "index.html").write_text(page + "\n".join(body) + "</html>\n")
+    print(f"open {at / 'report' / 'index.html'}")
+
+
+def summary(told: dict[str, Any]) -> str:
+    """What the page shows, and what became of the model."""
+    model, checkpoint = told["model"], told["checkpoint"]
+    network = checkpoint["model"]
+    place = f"version {model['version']}, alias {model['alias']}" if model["registered"] else "not registered"
+    sentences = [
+        f"A diffusion transformer of width {network['hidden_size']}, depth {network['depth']}, patch {network['patch_size']}",
+        f"({checkpoint['objective']['name']} objective, {checkpoint['step']} steps),",
+        f"registered as {model['name']}: {place}." if model["registered"] else f"{model['name']} is not registered.",
+    ]
+    return f"<p>{html.escape(' '.join(sentences))}</p><p class=note>{html.escape(' '.join(model['reasons']))}</p>"
+
+
+def pictures(at: Path) -> str:
+    """Real held-out images, the same through the autoencoder, and each setting's samples."""
+    sheets = [
+        ("real images, held out", at / "evaluate" / "real.png"),
+        ("the same, through the autoencoder", at / "evaluate" / "reconstructed.png"),
+        *((f"generated: {folder.name}", folder / "grid.png") for folder in sorted((at / "sample").iterdir())),
+    ]
+    return f"<div class=pictures>{''.join(figure(name, file.read_bytes()) for name, file in sheets)}</div>"
+
+
+def figure(caption: str, png: bytes) -> str:
+    """A picture that travels inside the page."""
+    data = base64.b64encode(png).decode()
+    text = html.escape(caption)
+    return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """Settings and floors side by side; a metric's count stands in the row's heading of the settings."""
+    rows = {**{f"floor: {name}": row for name, row in metrics["floors"].items()}, **metrics["settings"]}
+    names = list(dict.fromkeys(name.rpartition("_")[0] for row in rows.values() for name in row))
+    counts = {title: next(iter(row)).rpartition("_")[2] for title, row in rows.items()}
+    head = "".join(f"<th>{html.escape(title)} ({counts[title]})</th>" for title in rows)
+    lines = []
+    for name in names:
+        cells = ((row.get(f"{name}_{counts[title]}")) for title, row in rows.items())
+        lines.append(f"<tr><td>{name}</td>{''.join(_cell(value) for value in cells)}</tr>")
+    note = (
+        f"In the feature space of {html.escape(metrics['extractor'])}, fitted on this data set's training images: "
+        "comparable with figures of the same name and reference, and with no paper's. The floors tell what the figures "
+        "mean: real images that training never saw, and the same images through the autoencoder."
+    )
+    return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table><p class=note>{note}</p>"
+
+
+def loss_curve(file: Path) -> str:
+    """The training loss over steps."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with open(file, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    chart, axes = pyplot.subplots(figsize=(8, 3))
+    axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], color="#3355aa")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "dit"}):  # the same curve gives the same bytes
+        chart.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(chart)
+    return stream.getvalue()[stream.getvalue().index("<svg") :]
+
+
+def lineage(told: dict[str, Any]) -> str:
+    """What the model was made from: each identity with its owner."""
+    checkpoint, run = told["checkpoint"], told["run"]
+    rows = {
+        "images (manifest)": checkpoint["data"]["digest"],
+        "autoencoder": checkpoint["latents"]["autoencoder"],
+        "its held-out PSNR": f"{told['vae'].get('heldout_psnr_db', '-')} dB",
+        "latents": checkpoint["latents"]["digest"],
+        "reference": told["reference"]["digest"],
+        "evaluator's accuracy on held-out images": told["reference"].get("classifier_accuracy_heldout", "-"),
+        "judge's accuracy on training images": told["reference"].get("judge_accuracy_train", "-"),
+        "MLflow run": run["mlflow_run_id"] or "none",
+        "trained on": f"{run['device']}, {run['threads']} threads, torch {run['torch']}",
+        "licence of the weights": checkpoint["license"] or "yours",
+    }
+    cells = (f"<tr><td>{html.escape(k)}</td><td><code>{html.escape(str(v))}</code></td></tr>" for k, v in rows.items())
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _cell(value: float | None) -> str:
+    return f"<td class=number>{'' if value is None else f'{value:.4g}'}</td>"
+
+
+if __name__ == "__main__":
+    entry.main(report)

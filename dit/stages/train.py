@@ -1,0 +1,133 @@
+"""train: the diffusion transformer, from latents to weights. Run it again and it goes on where it stopped."""
+
+import csv
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit import entry, resume, runtime, tracking
+from dit.checkpoint import TrainingState, load_tensors, network_config, save_state, save_tensors
+from dit.latents import LatentDataset, read_index
+from dit.model import DiT, ModelConfig
+from dit.paths import Paths, publish, write_json
+from dit.preview import previews
+from dit.runtime import RunConfig
+from dit.trainer import ObjectiveConfig, TrainConfig, fit, mathematics, require_objective
+
+
+def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, run: RunConfig, *, paths: Paths) -> None:
+    """Write artifacts/train: the last weights, the averages, loss.csv, config.json, run.json."""
+    device = runtime.start(run)
+    require_objective(model, objective)
+    latents = paths.artifacts / "encode"
+    index = read_index(latents)
+    torch.manual_seed(train.seed)
+    classes = index["classes"]
+    network = DiT(model, input_size=index["size"], in_channels=index["channels"], num_classes=len(classes)).to(device)
+    data = LatentDataset(latents, train.seed, train.global_batch_size)
+    config = describe(network, objective, train, index)
+    name = mathematics(network, objective, train, index["digest"])
+    work = resume.begin(paths, name, train.max_steps)
+    parameters = sum(p.numel() for p in network.parameters())
+    print(
+        f"{parameters:,} parameters, {data.size} images, {train.max_steps} steps of {train.global_batch_size} on {device}"
+    )
+    inputs = [tracking.Dataset(index["data"]["name"], index["digest"], latents.as_posix(), "train")]
+    with tracking.open_run(
+        paths,
+        f"{index['data']['name']}-{name[:8]}",
+        experiment=run.experiment,
+        datasets=inputs,
+        run_id=work.notes.get("mlflow_run_id"),
+    ) as mirror:
+        work.note(mlflow_run_id=mirror.id or work.notes.get("mlflow_run_id"), tracking_uri=mirror.tracking_uri)
+        with entry.deferred_interrupts() as should_stop:
+            state = fit(
+                network,
+                data,
+                objective,
+                train,
+                run,
+                resume=work.state,
+                log=with_speed(mirror.log, run.log_every_steps * train.global_batch_size),
+                save=lambda state: keep(work.folder, state, train, run),
+                observe=previews(paths, work.folder / "previews", config, mirror.image),
+                should_stop=should_stop,
+            )
+        if state.step < train.max_steps:
+            raise entry.Interrupted(f"stopped at step {state.step} of {train.max_steps}, which is saved")
+    with publish(paths.artifacts / "train", paths.scratch) as folder:
+        export(folder, work, state, network, config)
+    work.note(export=resume.dvc_hash(paths.artifacts / "train"))
+
+
+def describe(network: DiT, objective: ObjectiveConfig, train: TrainConfig, index: dict[str, Any]) -> dict[str, Any]:
+    """config.json: all that a checkpoint's user needs to know."""
+    normalization = index["normalization"]
+    return {
+        "model": network_config(network),
+        "objective": asdict(objective),
+        "latents": {
+            "digest": index["digest"],
+            "autoencoder": index["autoencoder"],
+            "mean": normalization["mean"],
+            "std": normalization["std"],
+        },
+        "classes": index["classes"],
+        "image_size": index["image_size"],
+        "data": index["data"],
+        "training": asdict(train),
+        "step": train.max_steps,
+        "weights": "raw",
+        "license": None,
+    }
+
+
+def keep(folder: Path, state: TrainingState, train: TrainConfig, run: RunConfig) -> None:
+    """Save a state, and the average of it where a snapshot is due."""
+    if train.snapshot_every_steps and state.step % train.snapshot_every_steps == 0:
+        (folder / "snapshots").mkdir(exist_ok=True)
+        save_tensors(folder / "snapshots" / f"step-{state.step:08d}.safetensors", _part(state, "ema."))
+    save_state(folder, state, run.keep_checkpoints)
+
+
+def export(folder: Path, work: resume.Work, state: TrainingState, network: DiT, config: dict[str, Any]) -> None:
+    """Fill artifacts/train from the final state and the snapshots on the way."""
+    fixed = {"pos_embed": network.pos_embed}
+    save_tensors(folder / "model.safetensors", _part(state, "model.") | fixed)
+    (folder / "ema").mkdir()
+    for snapshot in sorted((work.folder / "snapshots").glob("step-*.safetensors")):
+        save_tensors(folder / "ema" / snapshot.name, load_tensors(snapshot) | fixed)
+    save_tensors(folder / "ema" / f"step-{state.step:08d}.safetensors", _part(state, "ema.") | fixed)
+    with open(folder / "loss.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["step", "loss", "lr"], *state.values["rows"]])
+    write_json(folder / "config.json", {**config, "step": state.step})
+    machine = {"device": network.pos_embed.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    notes = {k: work.notes.get(k) for k in ("mlflow_run_id", "tracking_uri", "earlier_code")}
+    write_json(folder / "run.json", {**notes, "python": platform.python_version(), **machine})
+
+
+def with_speed(log: Callable[[int, dict[str, float]], None], images: int) -> Callable[[int, dict[str, float]], None]:
+    """`log` with images per second since the last call added."""
+    last = time.monotonic()
+
+    def logged(step: int, values: dict[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        log(step, {**values, "images_per_second": images / max(now - last, 1e-9)})
+        last = now
+
+    return logged
+
+
+def _part(state: TrainingState, prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    entry.main(train)
