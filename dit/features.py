@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit import torchvision_cpu
 from dit.checkpoint import load_tensors, save_tensors
 from dit.randomness import generator
 
@@ -130,19 +131,19 @@ def load_classifier(path: Path) -> Classifier:
 
 def statistics(features: Tensor) -> dict[str, Any]:
     """Mean and unbiased covariance of features (N, D), float64, as torch-fidelity's FID takes them."""
+    torchvision_cpu.prepare()
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
-    import dit.torchvision_cpu  # noqa: F401
 
     return fid_features_to_statistics(features.double())
 
 
 def register_extractor(name: str, weights: Path) -> None:
     """Make the classifier known to torch-fidelity, so that `calculate_metrics(feature_extractor=name)` finds it."""
+    torchvision_cpu.prepare()
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-    import dit.torchvision_cpu  # noqa: F401
 
     class Extractor(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **_: Any):

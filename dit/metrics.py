@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dit import torchvision_cpu
 from dit.checkpoint import load_tensors
 from dit.features import extract, load_classifier, statistics
 
@@ -62,12 +63,12 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
 
     Raises ValueError for too few images: N must exceed the neighbours and splits that the settings ask for.
     """
+    torchvision_cpu.prepare()
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    import dit.torchvision_cpu  # noqa: F401
 
     least = max(evaluate.nearest_k + 1, 2)
     if len(images) < least:

@@ -1,8 +1,8 @@
 """Makes `import torchvision` work where its compiled part does not load, such as beside a CPU-only torch.
 
 diffusers and torch-fidelity both import torchvision, and it fails while it describes two operators (`nms`, `qnms`)
-that its compiled part would have declared. Nobody here calls them; declaring them is enough. Import this module
-before either.
+that its compiled part would have declared. Nobody here calls them; declaring them is enough. Call `prepare` before
+importing either.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 _SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_library = None
+_library = None  # kept alive: what it declares goes with it
 
 
 def _compiled_part_loads() -> bool:
@@ -27,7 +27,10 @@ def _compiled_part_loads() -> bool:
     return False
 
 
-if not _compiled_part_loads():
-    _library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        _library.define(name + _SIGNATURE)
+def prepare() -> None:
+    """Make torchvision importable; cheap where it is already, or was."""
+    global _library
+    if _library is None and not _compiled_part_loads():
+        _library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _library.define(name + _SIGNATURE)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit import torchvision_cpu
 from dit.progress import Progress
 from dit.randomness import generator
 from dit.schedule import warmup_cosine
@@ -61,9 +62,9 @@ class VaeConfig:
 
 def import_diffusers():
     """diffusers' AutoencoderKL, imported late: it takes seconds."""
+    torchvision_cpu.prepare()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    import dit.torchvision_cpu  # noqa: F401
 
     return AutoencoderKL
 

@@ -122,7 +122,7 @@ def test_an_interruption_lets_the_stage_save_and_leaves_no_process(scanned):
         dag.run_stage("train", scanned, stop_when_it_trains)
     assert not processes_in(scanned)
     assert time.monotonic() - began < 10
-    assert lines[-3:-1] == ["saving", "saved"]
+    assert lines.index("saving") < lines.index("saved")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])

@@ -125,7 +125,13 @@ def test_what_is_not_there_is_refused_before_any_stage(run, toy, parameters, mes
 def test_a_second_run_waits_for_the_first(run, toy):
     lock = toy / "scratch" / "lock" / "flow"
     lock.parent.mkdir(parents=True)
-    script = f"import fcntl, sys, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(1.5)"
+    script = f"""if True:
+        import fcntl, time
+        file = open({str(lock)!r}, "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print(flush=True)
+        time.sleep(1.5)
+    """
     first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     first.stdout.readline()
     state, tasks, _ = run()

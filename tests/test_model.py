@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit import torchvision_cpu
 from dit.model import DiT, ModelConfig, position_embedding, timestep_embedding, unpatchify
 
 # Parameters at 256 pixels (latent side 32, 4 channels, 1000 classes), the fixed position table included.
@@ -75,9 +76,7 @@ def test_embeddings_and_layout_equal_the_reference(golden):
 
 def test_network_equals_diffusers_transformer():
     """Another implementation on the same random weights; its timestep frequencies are set to the published ones."""
-    from dit import vae  # noqa: F401  (makes torchvision importable beside a CPU-only torch)
-
-    vae.import_diffusers()
+    torchvision_cpu.prepare()
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
