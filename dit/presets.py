@@ -40,6 +40,8 @@ def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = N
     settings = resolve(name, folder or params.parent / "presets")
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 120, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     before = params.read_text() if params.exists() else ""
     document = yaml.load(before) or {}
     for gone in [key for key in document if key not in settings]:
@@ -74,5 +76,31 @@ def read_params_text(text: str) -> Any:
 
 def _set(mapping: Any, key: str, value: Any) -> None:
     # An equal value is left as it stands: its notation and its comment are the person's.
-    if key not in mapping or mapping[key] != value or type(mapping[key]) is bool or type(value) is bool:
+    old = mapping.get(key)
+    if key in mapping and old == value and type(old) is not bool and type(value) is not bool:
+        return
+    if isinstance(old, list) and isinstance(value, list) and old and value and isinstance(old[-1], dict):
+        _set_list(old, value)
+    else:
         mapping[key] = value
+
+
+def _flow_mapping() -> Any:
+    from ruamel.yaml.comments import CommentedMap
+
+    mapping = CommentedMap()
+    mapping.fa.set_flow_style()  # {name: plain, ...} on one line, as a person writes it
+    return mapping
+
+
+def _set_list(old: Any, new: list[dict[str, Any]]) -> None:
+    # The comment after a list hangs on its last item: that one stays, and takes on the last new item's values.
+    while len(old) > len(new):
+        del old[0]
+    while len(old) < len(new):
+        old.insert(0, _flow_mapping())
+    for before, after in zip(old, new, strict=True):
+        for key, value in after.items():
+            _set(before, key, value)
+        for gone in [key for key in before if key not in after]:
+            del before[gone]

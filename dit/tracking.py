@@ -24,11 +24,13 @@ from dit.outbox import BATCH, Outbox, Point
 from dit.paths import Paths
 from dit.provenance import provenance, settings
 
-ORIGIN = "dit.original_run_id"  # of a run that was made again: the run it stands for
+ORIGIN = "dit.original_run_id"  # tag of a run that was made again: the run it stands for
+PARTIAL = "dit.partial"  # tag of one whose beginning is to be filled in from loss.csv
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # its own seven take minutes, and a repeated POST could register twice
 }
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
@@ -177,7 +179,7 @@ def open_run(
         client, uri = connect(paths), store.tracking_uri(paths)
         run = _known(client, run_id)
         if run is None:
-            origin = {ORIGIN: run_id} if run_id else {}
+            origin = {ORIGIN: run_id, PARTIAL: "true"} if run_id else {}
             run = _create(client, paths, experiment, name, {**(tags or {}), **origin})
         else:
             client.update_run(run_id, status="RUNNING")
@@ -206,10 +208,12 @@ def continue_run(paths: Paths, *, experiment: str) -> Run:
             place = [_experiment(client, experiment, store.tracking_uri(paths))]
             again = client.search_runs(place, f"tags.`{ORIGIN}` = '{origin}'", max_results=1)
             run = again[0] if again else _create(client, paths, experiment, "restored", {ORIGIN: origin})
-        if run.info.status == "RUNNING":
+        if run.info.status == "RUNNING" or PARTIAL in run.data.tags:
             _log_settings(client, run, settings(paths))
             _replay(client, run.info.run_id, paths)
             client.set_terminated(run.info.run_id, "FINISHED")
+            if PARTIAL in run.data.tags:
+                client.delete_tag(run.info.run_id, PARTIAL)
         return Run(client, run.info.run_id, store.tracking_uri(paths))
     except Exception as error:
         store.say_unreachable(paths, error)

@@ -181,7 +181,7 @@ def _add(registry: Registry, candidate: Candidate, sample: SampleConfig, run: Ru
         tags = {name: str(candidate.terms[name]) for name in ("extractor", "reference", "num_images", "metric")}
         tags |= {"value": repr(candidate.value), "setting": candidate.setting.name, "run_id": mirror.id}
         tags |= {"model_digest": sha256(paths.artifacts / "ema" / "model.safetensors")}
-        tags |= {"license": str(candidate.config.get("license")), "params_digest": digest(settings(paths))}
+        tags |= {"license": candidate.config.get("license") or "unknown", "params_digest": digest(settings(paths))}
         tags |= {name: value for name, value in provenance(paths).items() if name.startswith("git.")}
         version = registry.add(candidate.digest, mirror.id, tags, pack)
         mirror.tags({"dit.registered": f"{registry.name}/{version.number}"})

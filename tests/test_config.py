@@ -1,0 +1,145 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit.check import check
+from dit.config import check_sections, digest, load, parse, read_params
+from dit.paths import Paths
+
+
+@dataclass(frozen=True)
+class Inner:
+    name: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    lr: float
+    max_steps: int
+    kind: Literal["a", "b"] = "a"
+    sizes: tuple[int, ...] = ()
+    inner: tuple[Inner, ...] = ()
+    maybe: int | None = None
+    flag: bool = False
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+
+
+def stage(train: TrainSection, *, paths: Paths) -> None:
+    """Only its signature counts."""
+
+
+def test_reads_yaml_as_dvc_does(tmp_path):
+    (tmp_path / "params.yaml").write_text(
+        "train: {lr: 1e-4, max_steps: 3, sizes: [1, 2], inner: [{name: x, steps: 1}]}\n"
+    )
+    section = load(stage, tmp_path / "params.yaml")["train"]
+    assert section == TrainSection(1e-4, 3, sizes=(1, 2), inner=(Inner("x", 1),))
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"lr": 1, "max_steps": 1, "max_step": 2}, "train.max_step: no such setting (did you mean train.max_steps?)"),
+        ({"lr": "fast", "max_steps": 1}, "train.lr: input should be a valid number, got 'fast'"),
+        ({"lr": 1, "max_steps": 1.5}, "train.max_steps: input should be a valid integer, got 1.5"),
+        ({"lr": 1, "max_steps": "3"}, "train.max_steps: input should be a valid integer, got '3'"),
+        ({"lr": 1, "max_steps": True}, "train.max_steps: input should be a valid integer, got True"),
+        ({"lr": 1}, "train.max_steps: setting missing"),
+        ({"lr": -1, "max_steps": 1}, "train.lr must be above 0, got -1.0"),
+        ({"lr": 1, "max_steps": 1, "kind": "c"}, "train.kind: input should be 'a' or 'b', got 'c'"),
+        (
+            {"lr": 1, "max_steps": 1, "inner": [{"name": "x", "steps": 1, "stepz": 2}]},
+            "train.inner.0.stepz: no such setting",
+        ),
+        ("text", "train: expected settings below it in params.yaml, found 'text'"),
+        (None, "train: section missing from params.yaml"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_its_path(values, message):
+    with pytest.raises(ValueError) as caught:
+        parse("train", values, TrainSection)
+    assert str(caught.value) == message
+
+
+def test_all_faults_are_told_at_once_and_unknown_sections_too():
+    with pytest.raises(ValueError) as caught:
+        check_sections([stage], {"preset": "x", "trian": {}, "train": {"lr": 0, "max_steps": 1}})
+    assert str(caught.value).splitlines() == [
+        "trian: no such section in params.yaml (did you mean train?)",
+        "train.lr must be above 0, got 0.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text,message", [("a: [1", "not readable YAML"), ("- 1", "must hold sections"), ("", "must hold sections")]
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_params(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="is not there"):
+        read_params(tmp_path / "other.yaml")
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.floats(allow_nan=False), max_size=5))
+def test_a_digest_depends_on_content_and_not_on_order(settings):
+    assert digest(settings) == digest(dict(reversed(settings.items())))
+    assert digest(settings) != digest({**settings, "one more": 1})
+
+
+@pytest.fixture
+def project(tmp_path):
+    import subprocess
+    from pathlib import Path
+
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "params.yaml").write_text((Path(__file__).parents[1] / "params.yaml").read_text())
+    return tmp_path
+
+
+def test_the_shipped_settings_fit_together(project):
+    assert check(Paths(project))["train"].max_steps > 0
+
+
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        (
+            "patch_size: 4 ",
+            "patch_size: 3 ",
+            "model.patch_size: 3 does not divide the latent side 8 (image size 32 / 4)",
+        ),
+        ("image_size: 32", "image_size: 30", "data.image_size: 30 is no multiple of 4, the autoencoder's factor"),
+        ("name: transport", "name: diffusion", "model.learn_sigma must be true for objective.name diffusion"),
+        ("sampler: heun", "sampler: ddpm", "sampler 'ddpm' does not fit objective 'transport': use euler or heun"),
+        ("setting: cfg1.5", "setting: cfg2", "register.setting: 'cfg2' is not one of sample.settings (plain, cfg1.5)"),
+        (
+            "held_out_fraction: 0.2",
+            "held_out_fraction: 0",
+            "data.held_out_fraction: 0 leaves nothing to judge the model by",
+        ),
+        ("num_images: 1000", "num_images: 3", "sample.num_images: 3 is too few for evaluate.nearest_k 3"),
+        ("labels: folder          #", "labels: none #", "data.num_classes must be 0 where labels is none, got 10"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_before_any_work(project, old, new, message):
+    text = (project / "params.yaml").read_text()
+    assert old in text
+    (project / "params.yaml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError) as caught:
+        check(Paths(project))
+    assert message in str(caught.value)
+
+
+def test_without_git_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(ValueError, match="in no git repository, and DVC needs one: git init"):
+        check(Paths(tmp_path))

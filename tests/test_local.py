@@ -1,0 +1,174 @@
+"""`python -m flows.local` for real, on random ports and a toy checkout: up, runs by its worker, kills, down."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import toy_pipeline
+from test_services import free_port
+from toy_pipeline import processes_in, tell, train_started, until, with_code
+
+from flows import services
+
+toy_template = toy_pipeline.toy_template
+pytestmark = pytest.mark.slow
+PREFECT = str(Path(sys.executable).with_name("prefect"))
+
+
+class Checkout:
+    """A toy checkout with its own ports and home folder, as a person would use it."""
+
+    def __init__(self, root, home):
+        self.root, self.home, self.port = root, home, free_port()
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "PYTHONPATH"))}
+        ports = {"PREFECT_PORT": str(self.port), "MLFLOW_PORT": str(free_port())}
+        self.environment = {**keep, **ports, "HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.folder = root / "scratch" / "local"
+
+    def do(self, *command, code=0, seconds=150):
+        """Run a command in the checkout; its output, once the exit code is checked."""
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=seconds
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def local(self, what, code=0):
+        return self.do(sys.executable, "-m", "flows.local", what, code=code)
+
+    def deploy_run(self, name, *options, code=0):
+        """`prefect deployment run` as the README has it; returns the run's number."""
+        said = self.do(PREFECT, "deployment", "run", name, *options, code=code)
+        return re.search(r"UUID: ([0-9a-f-]{36})", said)[1]
+
+    def ask(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.port}/api/{path}"
+        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as reply:
+            return json.loads(reply.read())
+
+    def state(self, run):
+        return self.ask(f"flow_runs/{run}")["state"]["name"]
+
+    def tasks(self, run):
+        found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"})
+        return [task["state"]["name"] for task in found]
+
+    def pids(self):
+        return {file.stem: json.loads(file.read_text())["pid"] for file in self.folder.glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def checkout(toy_template, tmp_path_factory):
+    root, home = tmp_path_factory.mktemp("local") / "a checkout", tmp_path_factory.mktemp("home")
+    shutil.copytree(toy_template, root, symlinks=True)
+    it = Checkout(with_code(root), home)
+    it.first_words = it.local("up")
+    yield it
+    it.local("down")
+    left = processes_in(root) + list(services.marked(it.folder))
+    services.signal_each([getattr(one, "pid", one) for one in left], signal.SIGKILL)
+    assert not left
+    assert not [file for file in home.rglob("*") if file.is_file()], "the person's own Prefect settings were touched"
+    assert not (root / "prefect.toml").exists()
+
+
+def engines(checkout):
+    """The processes of the flows that the worker started."""
+    return [one for one in processes_in(checkout.root) if "prefect.engine" in one.cmdline()]
+
+
+def quiet(checkout):
+    """Wait until only the services are left in the checkout."""
+    until(lambda: not [one for one in processes_in(checkout.root) if {"dvc", "train.py"} & set(one.cmdline())], 10)
+
+
+def test_up_says_where_things_are_and_a_second_one_uses_them(checkout):
+    for line in (f"Prefect      http://127.0.0.1:{checkout.port}", "deployment   train-dit/digits\n", "(no worker for pool gpu)"):
+        assert line in checkout.first_words
+    before = checkout.pids()
+    assert sorted(before) == ["mlflow", "prefect", "worker-local"]
+    assert checkout.local("up").startswith("everything runs already")
+    assert checkout.pids() == before
+    assert "does not run" not in checkout.local("status")
+
+
+def test_a_deployment_runs_to_completed_and_is_cached_then(checkout):
+    tell(checkout.root)
+    source = (checkout.root / "train.py").read_text()
+    tracked = source.replace('"weights"', 'os.environ["MLFLOW_TRACKING_URI"] + " " + sys.executable')
+    (checkout.root / "train.py").write_text(tracked)
+    run = checkout.deploy_run("train-dit/digits", "--watch")
+    until(lambda: checkout.tasks(run) == ["Completed"] * 3)
+    uri, python = (checkout.root / "model").read_text().split(" ", 1)
+    assert uri == f"http://127.0.0.1:{checkout.environment['MLFLOW_PORT']}" and python == sys.executable
+    run = checkout.deploy_run("train-dit/digits", "--watch")
+    until(lambda: checkout.tasks(run) == ["Cached"] * 3)
+
+
+def test_a_failed_stage_is_told_by_the_exit_code(checkout):
+    tell(checkout.root, fail="no luck today")
+    run = checkout.deploy_run("train-dit/smoke", "--watch", code=1)
+    assert "no luck today" in checkout.ask(f"flow_runs/{run}")["state"]["message"]
+
+
+def test_a_cancelled_run_saves_and_leaves_no_process_and_the_next_one_waits(checkout):
+    tell(checkout.root, seconds=100, child=True)
+    (checkout.root / "scratch" / "saved").unlink(missing_ok=True)
+    run = checkout.deploy_run("train-dit/xl2".replace("xl2", "digits"), "--param", 'force=["train"]')
+    train_started(checkout.root)
+    second = checkout.deploy_run("train-dit/smoke")
+    checkout.do(PREFECT, "flow-run", "cancel", run)
+    until(lambda: checkout.state(run) == "Cancelled", 30)
+    assert (checkout.root / "scratch" / "saved").exists()
+    assert len(engines(checkout)) <= 1  # the second one's, which was waiting for a place
+    tell(checkout.root)
+    until(lambda: checkout.state(second) == "Completed", 60)
+    quiet(checkout)
+
+
+def test_a_flow_that_is_killed_is_told_as_crashed_and_the_next_one_completes(checkout):
+    tell(checkout.root, seconds=100)
+    run = checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
+    train_started(checkout.root)
+    for engine in engines(checkout):
+        engine.kill()
+    until(lambda: checkout.state(run) == "Crashed", 30)
+    quiet(checkout)
+    tell(checkout.root)
+    assert checkout.state(checkout.deploy_run("train-dit/digits", "--watch")) == "Completed"
+
+
+def test_a_killed_worker_is_replaced_and_down_ends_its_flow_too(checkout):
+    tell(checkout.root, seconds=100, child=True)
+    (checkout.root / "scratch" / "saved").unlink(missing_ok=True)
+    checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
+    train_started(checkout.root)
+    before = checkout.pids()
+    os.kill(before["worker-local"], signal.SIGKILL)
+    checkout.local("up")
+    after = checkout.pids()
+    assert after["prefect"] == before["prefect"] and after["worker-local"] != before["worker-local"]
+    assert "1 flow(s) running" in checkout.local("status")
+    said = checkout.local("down")
+    assert "ended 1 running flow(s), worker-local, mlflow, prefect\n" in said
+    assert (checkout.root / "scratch" / "saved").exists()
+    assert not processes_in(checkout.root)
+    assert checkout.local("down") == "nothing to end\n"
+    assert "does not run" in checkout.local("status", code=1)
+
+
+def test_a_run_without_servers_starts_one_and_keeps_it(checkout):
+    tell(checkout.root)
+    command = [sys.executable, "-m", "flows.train_dit", "--preset", "smoke", "--force", "scan"]
+    said = checkout.do(*command)
+    assert f"Prefect: http://127.0.0.1:{checkout.port} (it stays; `make down` ends it)" in said
+    assert sorted(checkout.pids()) == ["prefect"]
+    assert "stays" not in checkout.do(*command)

@@ -1,0 +1,124 @@
+"""flows/services.py and the pure parts of flows/servers.py: a process is ours by number and start time, or it isn't."""
+
+import json
+import os
+import socket
+import sys
+
+import pytest
+
+from flows import servers, services
+from flows.services import Service
+
+# Ends on SIGTERM; its child, in a group of its own, does not end with it.
+PARENT = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], start_new_session=True).pid, flush=True); time.sleep(1000)"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield tmp_path
+    left = list(services.marked(tmp_path))
+    services.signal_each(left, 9)
+    services.wait_gone(left, 5)
+
+
+def start(folder, code="import time; time.sleep(1000)"):
+    return services.start(folder, "sleeper", [sys.executable, "-c", code], dict(os.environ), folder)
+
+
+def test_a_service_is_found_again_and_ended(folder):
+    service = start(folder)
+    assert services.find(folder, "sleeper") == service and services.runs(service)
+    assert os.getsid(service.pid) == service.pid  # no terminal's end reaches it
+    services.end(folder, service)
+    assert not services.runs(service) and services.find(folder, "sleeper") is None
+
+
+def test_its_output_goes_to_its_log(folder):
+    service = start(folder, "print('first'); print('last words')")
+    services.wait_gone([service.pid], 5)
+    assert services.last_lines(folder, "sleeper", 1) == "last words"
+
+
+def test_a_process_that_only_has_the_number_is_not_ours(folder):
+    other = start(folder)
+    written = json.loads((folder / "sleeper.json").read_text())
+    (folder / "sleeper.json").write_text(json.dumps({**written, "started": written["started"] - 1}))
+    assert services.find(folder, "sleeper") is None
+    services.end(folder, Service("sleeper", other.pid, other.started - 1))
+    assert services.runs(other)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"name": "sleeper", "pid": 1, "started": 5.0}', "[1]"])
+def test_what_is_written_down_wrongly_is_nothing(folder, content):
+    (folder / "sleeper.json").write_text(content)
+    assert services.find(folder, "sleeper") is None
+
+
+def test_descendants_are_known_by_their_mark_after_their_parent_is_gone(folder):
+    service = start(folder, PARENT)
+    log = folder / "sleeper.log"
+    while not log.read_text().endswith("\n"):
+        pass
+    child = int(log.read_text())
+    services.end(folder, service)
+    assert list(services.marked(folder)) == [child]
+    assert not services.marked(folder / "other")
+
+
+def test_the_holder_of_a_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"process {os.getpid()} " in services.holder(port)
+    assert services.holder(port) is None
+
+
+def test_a_port_that_is_no_number_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_PORT", "http")
+    with pytest.raises(ValueError, match="MLFLOW_PORT must be a port number, got 'http'"):
+        servers.ensure(tmp_path, ("mlflow",), [], print)
+
+
+def test_if_one_port_is_taken_nothing_is_started(monkeypatch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("PREFECT_PORT", str(free_port()))
+        monkeypatch.setenv("MLFLOW_PORT", str(taken.getsockname()[1]))
+        started = []
+        with pytest.raises(ValueError, match=r"^port \d+ is taken by process .* MLFLOW_PORT=\.\.\.$"):
+            servers.ensure(tmp_path, servers.NAMES, started, print)
+    assert not started and not services.marked(servers.folder_of(tmp_path))
+
+
+def test_prefects_settings_of_the_person_do_not_reach_ours(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFECT_API_KEY", "secret")
+    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
+    environment = servers.environment(tmp_path, {"prefect": Service("prefect", 1, 1, 4321)})
+    assert "PREFECT_API_KEY" not in environment and environment["PREFECT_LOGGING_LEVEL"] == "DEBUG"
+    assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
+    assert environment["PATH"].startswith(os.path.dirname(sys.executable) + os.pathsep)
+
+
+def test_the_pointer_is_written_and_removed_but_never_a_persons(tmp_path):
+    prefect = Service("prefect", 1, 1, 4321)
+    assert servers.point_here(tmp_path, prefect) and servers.point_here(tmp_path, prefect)
+    assert 'url = "http://127.0.0.1:4321/api"' in (tmp_path / "prefect.toml").read_text()
+    servers.point_away(tmp_path)
+    assert not (tmp_path / "prefect.toml").exists()
+    (tmp_path / "prefect.toml").write_text('[api]\nurl = "https://their.server/api"\n')
+    assert not servers.point_here(tmp_path, prefect)
+    servers.point_away(tmp_path)
+    assert "their.server" in (tmp_path / "prefect.toml").read_text()
+
+
+def test_a_server_that_the_person_chose_is_used(tmp_path):
+    assert servers.for_this_process(tmp_path, "https://their.server/api") == {}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
