@@ -56,6 +56,8 @@ class ImageGenerator(mlflow.pyfunc.PythonModel):
 
         setting = self._setting(params or {})
         classes = self.checkpoint.config["classes"] if self.checkpoint.model.num_classes else []
+        if "label" in model_input:  # MLflow makes one row of {"label": ["three", "seven"]}: these are two
+            model_input = model_input.explode("label", ignore_index=True)
         labels = read_labels(model_input, classes)
         seeds = read_seeds(model_input)
         rows = []

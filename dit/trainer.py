@@ -7,7 +7,7 @@ only the rounding.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -114,7 +114,7 @@ def fit(
         _restore(resume, names, weights, averages, optimizer)
 
     def state() -> TrainingState:
-        _require_finite(losses, step)
+        _require_finite(losses, step, weights)
         tensors = {"pending_losses": torch.stack(losses) if losses else torch.zeros(0)}
         for name, weight, average in zip(names, weights, averages, strict=True):
             moments = optimizer.state[weight]
@@ -238,13 +238,12 @@ def _restore(state: TrainingState, names: Any, weights: Any, averages: Any, opti
             }
 
 
-def _require_finite(losses: list[Tensor], step: int) -> None:
-    if not losses:
+def _require_finite(losses: list[Tensor], step: int, weights: Sequence[Tensor] = ()) -> None:
+    bad = [i for i, loss in enumerate(losses) if not torch.isfinite(loss)]
+    if not bad and all(torch.isfinite(weight).all() for weight in weights):
         return
-    finite = torch.isfinite(torch.stack(losses))
-    if not finite.all():
-        first = step - len(losses) + int((~finite).nonzero()[0]) + 1
-        raise ValueError(
-            f"train.lr: the loss is not finite at step {first}, nothing of it was saved: "
-            "lower train.lr, set train.grad_clip, or train.precision to fp32"
-        )
+    first = step - len(losses) + bad[0] + 1 if bad else step + 1  # infinite weights show in the next loss
+    raise ValueError(
+        f"train.lr: the loss is not finite at step {first}, nothing of it was saved: "
+        "lower train.lr, set train.grad_clip, or train.precision to fp32"
+    )

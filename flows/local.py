@@ -41,10 +41,14 @@ def up(root: Path, say: Callable[[str], None] = print) -> None:
         try:
             found = servers.ensure(root, servers.NAMES, started, say)
             environment = servers.environment(root, found)
-            if found["prefect"] in started:
+            deployed, recipe = folder / "deployed", _recipe(root, found["prefect"])
+            stale = not deployed.exists() or deployed.read_text() != recipe
+            if stale:
                 _make_pools(root, environment)
             workers = _start_workers(root, environment, started)
-            _deploy(root, environment, anew=found["prefect"] in started)
+            if stale:
+                _deploy(root, environment)
+                deployed.write_text(recipe)
             for worker, since in workers:
                 servers.wait_until(lambda w=worker, s=since: _online(found["prefect"], w, s), worker, folder)
         except BaseException:
@@ -122,18 +126,18 @@ def _start_workers(root: Path, environment: dict[str, str], started: list[Servic
     return new
 
 
-def _deploy(root: Path, environment: dict[str, str], anew: bool) -> None:
-    """`prefect deploy --all`, if the deployments or the flow's parameters changed since the last time."""
-    recipe = b"".join((root / file).read_bytes() for file in ("prefect.yaml", "flows/train_dit.py"))
-    digest, done = hashlib.sha256(recipe).hexdigest(), servers.folder_of(root) / "deployed"
-    if not anew and done.exists() and done.read_text() == digest:
-        return
+def _recipe(root: Path, prefect: Service) -> str:
+    """What the deployments follow from: prefect.yaml, the flow's parameters, and the server that knows them."""
+    files = b"".join((root / file).read_bytes() for file in ("prefect.yaml", "flows/train_dit.py"))
+    return hashlib.sha256(files + f"{prefect}{root.resolve()}".encode()).hexdigest()
+
+
+def _deploy(root: Path, environment: dict[str, str]) -> None:
     words = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     deploy = subprocess.run(words, cwd=root, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     (servers.folder_of(root) / "deploy.log").write_text(deploy.stdout + deploy.stderr)
     if deploy.returncode != 0:
         raise ValueError(f"the deployments of prefect.yaml were refused:\n{(deploy.stderr or deploy.stdout).strip()}")
-    done.write_text(digest)
 
 
 def _online(prefect: Service, worker: Service, since: float) -> bool:

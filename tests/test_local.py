@@ -91,7 +91,11 @@ def quiet(checkout):
 
 
 def test_up_says_where_things_are_and_a_second_one_uses_them(checkout):
-    for line in (f"Prefect      http://127.0.0.1:{checkout.port}", "deployment   train-dit/digits\n", "(no worker for pool gpu)"):
+    for line in (
+        f"Prefect      http://127.0.0.1:{checkout.port}",
+        "deployment   train-dit/digits\n",
+        "(no worker for pool gpu)",
+    ):
         assert line in checkout.first_words
     before = checkout.pids()
     assert sorted(before) == ["mlflow", "prefect", "worker-local"]

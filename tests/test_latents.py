@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit.checkpoint import save_tensors
+from dit.latents import LatentDataset, Statistics, draw, index_digest, read_index, require_autoencoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encode")
+    (folder / "train").mkdir()
+    shards = []
+    for number, size in enumerate((7, 4)):
+        value = torch.arange(size).float() + 10 * number
+        mean = value.view(-1, 1, 1, 1).expand(size, 2, 3, 3).half()
+        tensors = {"mean": mean, "std": torch.zeros_like(mean), "label": value.long()}
+        save_tensors(folder / "train" / f"{number}.safetensors", tensors)
+        shards.append({"file": f"train/{number}.safetensors", "split": "train", "sha256": str(number)})
+    index = {"shards": shards, "normalization": {"mean": [1.0, 2.0], "std": [2.0, 4.0]}, "classes": ["a"]}
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=st.integers(1, 30), seed=st.integers(0, 3))
+def test_every_epoch_shows_every_image_once(folder, batch, seed):
+    data = LatentDataset(folder, seed, batch)
+    steps = -(-3 * data.size // batch)
+    seen = torch.cat([data.indices(step) for step in range(steps)])[: 3 * data.size]
+    for epoch in seen.view(3, data.size):
+        assert sorted(epoch.tolist()) == list(range(data.size))
+
+
+@settings(max_examples=30, deadline=None)
+@given(step=st.integers(0, 500), batch=st.sampled_from([1, 4, 11, 25]))
+def test_a_batch_is_a_function_of_seed_and_step_alone(folder, step, batch):
+    walked, fresh = LatentDataset(folder, 3, batch), LatentDataset(folder, 3, batch)
+    for earlier in (step + 7, 0, 2 * step):
+        walked.batch(earlier)
+    assert torch.equal(walked.batch(step)["label"], fresh.batch(step)["label"])
+
+
+def test_the_global_order_does_not_depend_on_the_batch_size(folder):
+    orders = [torch.cat([LatentDataset(folder, 1, b).indices(s) for s in range(44 // b)]) for b in (1, 4, 11, 22)]
+    assert all(torch.equal(orders[0], order) for order in orders)
+
+
+def test_drawn_latents_have_the_posteriors_moments_and_the_scale():
+    mean, std = torch.full((4000, 2, 1, 1), 3.0), torch.full((4000, 2, 1, 1), 0.5)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    shift, scale = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), torch.tensor([2.0, 4.0]).view(1, 2, 1, 1)
+    x = draw({"mean": mean, "std": std}, shift, scale, noise, None)
+    assert x.mean(dim=(0, 2, 3)).tolist() == pytest.approx([1.0, 0.25], abs=0.02)
+    assert x.std(dim=(0, 2, 3)).tolist() == pytest.approx([0.25, 0.125], rel=0.05)
+
+
+def test_mirroring_picks_the_mirror_images_moments():
+    zero = torch.zeros(2, 1, 1, 1)
+    batch = {"mean": zero, "std": zero, "mean_mirror": zero + 1, "std_mirror": zero}
+    x = draw(batch, zero[:1], zero[:1] + 1, zero, torch.tensor([True, False]))
+    assert x.flatten().tolist() == [1.0, 0.0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_running_statistics_equal_those_of_all_at_once(sizes):
+    generator = torch.Generator().manual_seed(len(sizes))
+    parts = [torch.randn(n, 3, 2, 2, generator=generator) for n in sizes]
+    running = Statistics(3)
+    for part in parts:
+        running.add(part, torch.full_like(part, 0.5))
+    mean, std = running
+    whole = torch.cat(parts).double()
+    torch.testing.assert_close(torch.tensor(mean).double(), whole.mean(dim=(0, 2, 3)))
+    expected = (whole.var(dim=(0, 2, 3), correction=0) + 0.25).sqrt()
+    torch.testing.assert_close(torch.tensor(std).double(), expected)
+
+
+def test_the_digest_follows_content_scale_and_classes(folder):
+    index = read_index(folder)
+    base = index_digest(index)
+    for change in ({"classes": ["b"]}, {"normalization": {"mean": [0.0], "std": [1.0]}}, {"shards": index["shards"][:1]}):
+        assert index_digest({**index, **change}) != base
+    assert index_digest({**index, "something": "else"}) == base
+
+
+def test_another_autoencoder_and_missing_latents_are_refused(tmp_path):
+    require_autoencoder({"autoencoder": "a" * 64}, "a" * 64, "these latents")
+    with pytest.raises(ValueError, match=r"these latents belong to another autoencoder \(aaaaaaaaaaaa\)"):
+        require_autoencoder({"autoencoder": "a" * 64}, "b" * 64, "these latents")
+    with pytest.raises(ValueError, match="holds no latents"):
+        read_index(tmp_path)

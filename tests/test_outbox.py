@@ -1,0 +1,100 @@
+"""The queue in front of MLflow: nobody waits, nothing is lost that can still be sent."""
+
+import threading
+import time
+
+import pytest
+
+from dit import outbox
+from dit.outbox import BATCH, Outbox, Point
+
+
+def points(*steps):
+    return [Point("loss", 1.0, 0, step) for step in steps]
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(outbox, "FLUSH_SECONDS", 0.02)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
+
+
+def test_points_arrive_in_order_and_in_batches_that_the_server_takes():
+    batches = []
+    box = Outbox(batches.append, say=pytest.fail)
+    for step in range(2 * BATCH + 500):
+        box.add(points(step))
+    ended = []
+    assert box.close(lambda: ended.append(len(batches)), seconds=5)
+    assert [point.step for batch in batches for point in batch] == list(range(2 * BATCH + 500))
+    assert max(map(len, batches)) <= BATCH and ended == [len(batches)]
+
+
+def test_a_service_that_comes_back_gets_what_it_missed_and_its_absence_is_said_once(fast):
+    away, sent, said = threading.Event(), [], []
+    away.set()
+
+    def send(batch):
+        if away.is_set():
+            raise ConnectionError("nobody there")
+        sent.extend(batch)
+
+    box = Outbox(send, said.append)
+    box.add(points(0, 1))
+    time.sleep(0.3)
+    assert len(said) == 1 and not sent
+    away.clear()
+    time.sleep(0.3)
+    assert [point.step for point in sent] == [0, 1]
+    box.add(points(2))
+    assert box.close(lambda: None, seconds=5)
+    assert [point.step for point in sent] == [0, 1, 2] and len(said) == 1
+
+
+def test_a_service_that_hangs_holds_up_nobody():
+    never = threading.Event()
+    box = Outbox(lambda batch: never.wait(60), say=pytest.fail)
+    started = time.monotonic()
+    for step in range(5000):
+        box.add(points(step))
+    assert time.monotonic() - started < 1
+    assert not box.close(lambda: None, seconds=0.2)
+    assert time.monotonic() - started < 2
+    never.set()
+
+
+def test_a_service_that_is_gone_is_tried_a_last_time():
+    attempts, ended = [], []
+
+    def send(batch):
+        attempts.append(len(batch))
+        raise ConnectionError
+
+    said = []
+    box = Outbox(send, said.append)
+    box.add(points(0))
+    assert not box.close(lambda: ended.append(1), seconds=5)
+    assert attempts == [1] and len(said) == 1 and not ended
+
+
+def test_a_job_that_never_works_holds_up_no_other(fast):
+    done, said = [], []
+
+    def broken():
+        raise ValueError("no picture")
+
+    box = Outbox(lambda batch: None, said.append)
+    box.do(lambda: done.append("first"))
+    box.do(broken)
+    box.do(lambda: done.append("last"))
+    time.sleep(0.3)
+    assert done == ["first", "last"] and [str(error) for error in said] == ["no picture"]
+    box.close(lambda: None, seconds=5)
+
+
+def test_what_is_kept_for_an_absent_service_is_bounded(monkeypatch):
+    monkeypatch.setattr(outbox, "MAX_POINTS", 10)
+    box = Outbox(lambda batch: time.sleep(60), say=pytest.fail)
+    for step in range(1000):
+        box.add(points(step))
+    assert len(box._points) == 10

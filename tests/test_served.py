@@ -1,0 +1,157 @@
+"""The registered model: what it takes, what it answers, and that it needs nothing of this checkout."""
+
+import base64
+import io
+import json
+import sys
+
+import mlflow.pyfunc
+import numpy as np
+import pandas
+import pytest
+import torch
+from PIL import Image
+from tiny_model import CLASSES, SIZE, write_model
+
+from dit import served
+from dit.checkpoint import load_checkpoint
+from dit.generation import Setting, generate
+from dit.vae import Autoencoder
+
+PLAIN, STRONG = Setting("plain", 1.0, "euler", 2), Setting("strong", 4.0, "heun", 3)
+
+
+def packed(home, settings=(PLAIN, STRONG), **model):
+    write_model(home, **model)
+    parts = {name: home / name for name in ("ema", "vae")}
+    served.pack(home / "packed", **parts, settings=list(settings), seed=5, block_images=4, entry={})
+    return home / "packed"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return packed(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))  # loading prepends the packed code
+        yield mlflow.pyfunc.load_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory):
+    folder = packed(tmp_path_factory.mktemp("unconditional"), settings=[PLAIN], classes=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        yield mlflow.pyfunc.load_model(str(folder))
+
+
+def picture(text):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def test_it_draws_what_generation_draws(model, folder):
+    answer = model.predict({"label": [2, 0, 1]})
+    checkpoint = load_checkpoint(folder / "artifacts" / "ema")
+    autoencoder = Autoencoder.load(folder / "artifacts" / "vae")
+    expected = generate(checkpoint, autoencoder, PLAIN, torch.tensor([2, 0, 1]), [0, 1, 2], seed=5).numpy()
+    assert list(answer.columns) == ["label", "seed", "image"] and list(answer["label"]) == ["two", "zero", "one"]
+    assert list(answer["seed"]) == [0, 1, 2] and expected.shape == (3, SIZE, SIZE, 3)
+    assert np.array_equal(np.stack([picture(text) for text in answer["image"]]), expected)
+
+
+def test_classes_by_number_or_name_in_any_kind_of_table(model):
+    by_number = model.predict({"label": [1]})["image"][0]
+    for request in (
+        {"label": ["one"]},
+        {"label": ["1"]},
+        {"label": "one"},
+        pandas.DataFrame({"label": [1.0]}),
+        pandas.DataFrame({"label": np.array([1], np.int32), "seed": np.array([0])}),
+        [{"label": 1}],
+    ):
+        assert model.predict(request)["image"][0] == by_number
+    assert len(model.predict({"label": ["zero", 2]})) == len(model.predict({"label": ["zero", "two"]})) == 2
+
+
+def test_an_image_is_a_function_of_label_and_seed_wherever_it_is_asked_for(model):
+    labels, seeds = [0, 1, 2, 0, 1, 2], [0, 0, 7, 3, 4, 9]  # more than one block
+    together = model.predict({"label": labels, "seed": seeds})
+    for i in (0, 2, 5):
+        alone = model.predict({"label": [labels[i]], "seed": [seeds[i]]})
+        near = np.abs(picture(alone["image"][0]).astype(int) - picture(together["image"][i]))
+        assert near.max() <= 1  # the batch's shape may change the last bit
+    assert len(set(together["image"])) == 6
+
+
+def test_params_choose_a_setting_and_override_it(model):
+    plain = model.predict({"label": [0]})["image"][0]
+    strong = model.predict({"label": [0]}, params={"setting": "strong"})["image"][0]
+    same = model.predict({"label": [0]}, params={"cfg_scale": 4.0, "sampler": "heun", "num_steps": 3})["image"][0]
+    assert strong == same != plain
+
+
+@pytest.mark.parametrize(
+    ("request_", "params", "said"),
+    [
+        ({"label": [3]}, None, "label 3 is no class of this model: use 0 to 2, or a name (zero, one, two)"),
+        ({"label": ["nine"]}, None, "label 'nine' is no class"),
+        ({"label": [-1]}, None, "label -1 is no class"),
+        ({"label": [1.5]}, None, "label 1.5 is no class"),
+        ({"label": [None]}, None, "label None is no class"),
+        ({"label": [0], "seed": [-4]}, None, "seed -4 is not"),
+        ({"label": [0]}, {"setting": "best"}, "setting 'best' is none of this model's: use plain or strong"),
+        ({"label": [0]}, {"sampler": "ddpm"}, "sampler 'ddpm' does not fit"),
+        ({"label": [0]}, {"num_steps": 0}, "num_steps must be at least 1"),
+    ],
+)
+def test_what_it_cannot_draw_is_said_in_one_line(model, request_, params, said):
+    with pytest.raises(ValueError) as caught:
+        model.predict(request_, params=params)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        served.read_labels(pandas.DataFrame({"label": []}), CLASSES)
+
+
+def test_an_unconditional_model_takes_seeds_alone(unconditional):
+    answer = unconditional.predict({"seed": [0, 1]})
+    assert list(answer["label"]) == [None, None] and picture(answer["image"][1]).shape == (SIZE, SIZE, 3)
+    with pytest.raises(ValueError, match="knows no classes"):
+        served.read_labels(pandas.DataFrame({"label": [3]}), [])
+
+
+@pytest.mark.parametrize("name", ["inputs", "dataframe_records", "dataframe_split"])
+def test_it_answers_json_as_mlflow_serves_it(folder, name, monkeypatch):
+    from mlflow.pyfunc.scoring_server import predictions_to_json
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rows = {
+        "inputs": {"label": [1, "two"]},
+        "dataframe_records": [{"label": 1}, {"label": "two"}],
+        "dataframe_split": {"columns": ["label"], "data": [[1], ["two"]]},
+    }
+    asked = json.dumps({name: rows[name], "params": {"cfg_scale": 2.0}})
+    predictions_to_json(mlflow.models.validate_serving_input(str(folder), asked), out := io.StringIO())
+    answer = json.loads(out.getvalue())["predictions"]
+    assert [row["label"] for row in answer] == ["one", "two"] and picture(answer[0]["image"]).shape == (SIZE, SIZE, 3)
+
+
+def test_what_is_packed_is_what_predict_needs(folder):
+    code = {file.relative_to(folder / "code").as_posix() for file in (folder / "code").rglob("*") if file.is_file()}
+    assert code >= {"dit/__init__.py", "dit/generation.py", "dit/model.py", "dit/vae.py", "dit/checkpoint.py"}
+    assert not code & {f"dit/{name}.py" for name in ("trainer", "tracking", "served", "sources", "shards", "metrics", "cli")}
+    assert not [file for file in folder.rglob("*") if file.suffix in (".pkl", ".pyc", ".pt", ".pth")]
+    pins = (folder / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.split('+')[0]}" in pins and not [pin for pin in pins if "+" in pin or "==" not in pin]
+    assert {pin.split("==")[0] for pin in pins} >= {"mlflow", "diffusers", "safetensors", "pandas", "pillow", "numpy"}
+
+
+def test_it_works_where_this_checkout_is_not_seen(folder):
+    served.try_out(str(folder), "sqlite:///unused.db", conditional=True)
+    with pytest.raises(ValueError, match="was registered but cannot draw"):
+        served.try_out(str(folder / "nothing"), "sqlite:///unused.db", conditional=True)
