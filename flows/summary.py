@@ -5,6 +5,7 @@ that DVC took from its cache has them too. Each may be absent.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ def markdown(root: Path, preset: str, results: dict[str, str]) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    rows = {**metrics.get("settings", {}), **{f"floor: {k}": v for k, v in metrics.get("floors", {}).items()}}
-    rows = {name: values for name, values in rows.items() if isinstance(values, dict)}
-    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
-    table = _table(["", *columns], [[name, *(_number(row.get(c)) for c in columns)] for name, row in rows.items()])
-    facts = ", ".join(
-        f"{k} {metrics[k]}" for k in ("extractor", "reference", "num_images") if metrics.get(k) is not None
-    )
+    """One column a setting or floor, one row a metric; the number of images stands in the column's head."""
+    found = {**metrics.get("settings", {}), **{f"floor: {k}": v for k, v in metrics.get("floors", {}).items()}}
+    columns: dict[str, dict[str, Any]] = {}
+    for name, values in found.items():
+        parts = {key: re.fullmatch(r"(.+)_(\d+k?)", key) for key in values}
+        counts = {part[2] for part in parts.values() if part}
+        head = f"{name} ({counts.pop()} images)" if len(counts) == 1 and all(parts.values()) else name
+        columns[head] = {part[1] if part and head != name else key: values[key] for key, part in parts.items()}
+    rows = dict.fromkeys(metric for values in columns.values() for metric in values)
+    table = _table(["", *columns], [[row, *(_number(values.get(row)) for values in columns.values())] for row in rows])
+    facts = ", ".join(f"{k}: {metrics[k]}" for k in ("extractor", "reference") if metrics.get(k) is not None)
     return f"## Metrics\n\n{table}\n\n{facts}"
 
 
@@ -41,10 +46,7 @@ def _decision(model: dict[str, Any]) -> str:
         line = f"{name or 'The model'} is not registered."
     else:
         line = f"{name}, version {version}" + (f", **@{alias}**" if alias else "") + "."
-    reasons = model.get("reasons") or model.get("reason") or []
-    reasons = [reasons] if isinstance(reasons, str) else reasons
-    decision = [f"Decision: {model['decision']}"] if model.get("decision") else []
-    return "\n".join(["## Registry", "", line, *(f"- {text}" for text in [*decision, *reasons])])
+    return "\n".join(["## Registry", "", line, *(f"- {reason}" for reason in model.get("reasons") or [])])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -6,6 +6,7 @@ On a worker: `prefect deployment run train-dit/digits --watch` (see `flows.local
 
 import argparse
 import os
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         state = train_dit(preset=chosen.preset, force=chosen.force or None, return_state=True)
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     return 0 if state.is_completed() else 1
 
 

@@ -49,23 +49,23 @@ def finished(tasks):
     return tasks if tasks and all(task.state and task.state.is_final() for task in tasks) else None
 
 
-def test_one_task_a_stage_and_all_cached_the_second_time(run, toy):
+def test_one_task_a_stage_all_cached_the_second_time_and_forced_if_asked(run, toy):
+    from prefect.artifacts import Artifact
+
     state, tasks, flow_run = run(preset="digits")
     assert state.is_completed(), state.message
     assert list(tasks) == ["scan", "train", "report"]
     assert {name for name, _ in tasks.values()} == {"Completed"}
     assert flow_run.name.startswith("digits ")
+    page = Artifact.get("train-dit")
+    assert "preset digits" in page.data and "| train | Completed, " in page.data
+
     state, tasks, _ = run(preset="digits")
     assert state.is_completed() and state.message == "3 stages, 3 of them cached"
     assert {name for name, _ in tasks.values()} == {"Cached"}
 
-
-def test_a_page_is_left_as_an_artifact(run, toy):
-    from prefect.artifacts import Artifact
-
-    run()
-    page = Artifact.get("train-dit")
-    assert "preset digits" in page.data and "| train | Completed, " in page.data
+    _, tasks, _ = run(force=["train"])
+    assert [name for name, _ in tasks.values()] == ["Cached", "Completed", "Cached"]
 
 
 def test_a_preset_is_put_into_params_and_what_was_there_is_kept(run, toy):
@@ -74,12 +74,6 @@ def test_a_preset_is_put_into_params_and_what_was_there_is_kept(run, toy):
     assert state.is_completed() and flow_run.name.startswith("smoke ")
     assert (toy / "params.yaml").read_text() == "preset: smoke\ntrain:\n  max_steps: 1  # a comment to keep\n"
     assert (toy / "scratch" / "params.before-smoke.yaml").read_text() == before
-
-
-def test_forcing_runs_a_stage_again(run, toy):
-    run()
-    _, tasks, _ = run(force=["train"])
-    assert [name for name, _ in tasks.values()] == ["Cached", "Completed", "Cached"]
 
 
 def test_a_failed_stage_fails_the_run_with_its_last_lines(run, toy):
@@ -141,7 +135,7 @@ def test_a_second_run_waits_for_the_first(run, toy):
     first.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_in_a_process_of_its_own_ends_with_all_it_started(server, toy, number):
     from prefect.settings import get_current_settings
 
@@ -150,7 +144,7 @@ def test_a_run_in_a_process_of_its_own_ends_with_all_it_started(server, toy, num
     flow = subprocess.Popen([sys.executable, "-m", "flows.train_dit"], cwd=toy, env=environment)
     train_started(toy, seconds=60)
     flow.send_signal(number)
-    assert flow.wait(timeout=30) != 0
+    assert flow.wait(timeout=30) == (130 if number == signal.SIGINT else -number)
     until(lambda: not processes_in(toy), seconds=8)
     assert (toy / "scratch" / "saved").exists()
 

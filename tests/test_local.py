@@ -126,7 +126,7 @@ def test_a_failed_stage_is_told_by_the_exit_code(checkout):
 def test_a_cancelled_run_saves_and_leaves_no_process_and_the_next_one_waits(checkout):
     tell(checkout.root, seconds=100, child=True)
     (checkout.root / "scratch" / "saved").unlink(missing_ok=True)
-    run = checkout.deploy_run("train-dit/xl2".replace("xl2", "digits"), "--param", 'force=["train"]')
+    run = checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
     train_started(checkout.root)
     second = checkout.deploy_run("train-dit/smoke")
     checkout.do(PREFECT, "flow-run", "cancel", run)
@@ -169,10 +169,14 @@ def test_a_killed_worker_is_replaced_and_down_ends_its_flow_too(checkout):
     assert "does not run" in checkout.local("status", code=1)
 
 
-def test_a_run_without_servers_starts_one_and_keeps_it(checkout):
+def test_a_run_without_servers_starts_one_and_keeps_it_and_up_uses_it(checkout):
     tell(checkout.root)
     command = [sys.executable, "-m", "flows.train_dit", "--preset", "smoke", "--force", "scan"]
     said = checkout.do(*command)
     assert f"Prefect: http://127.0.0.1:{checkout.port} (it stays; `make down` ends it)" in said
     assert sorted(checkout.pids()) == ["prefect"]
     assert "stays" not in checkout.do(*command)
+    before = checkout.pids()["prefect"]
+    assert "starting mlflow" in checkout.local("up")  # and makes the deployments, which that server did not have
+    assert checkout.pids()["prefect"] == before
+    assert len(checkout.ask("deployments/filter", {})) == 3

@@ -144,10 +144,14 @@ def test_it_answers_json_as_mlflow_serves_it(folder, name, monkeypatch):
 def test_what_is_packed_is_what_predict_needs(folder):
     code = {file.relative_to(folder / "code").as_posix() for file in (folder / "code").rglob("*") if file.is_file()}
     assert code >= {"dit/__init__.py", "dit/generation.py", "dit/model.py", "dit/vae.py", "dit/checkpoint.py"}
-    assert not code & {f"dit/{name}.py" for name in ("trainer", "tracking", "served", "sources", "shards", "metrics", "cli")}
+    assert not code & {
+        f"dit/{name}.py" for name in ("trainer", "tracking", "served", "sources", "shards", "metrics", "cli")
+    }
     assert not [file for file in folder.rglob("*") if file.suffix in (".pkl", ".pyc", ".pt", ".pth")]
     pins = (folder / "requirements.txt").read_text().split()
-    assert f"torch=={torch.__version__.split('+')[0]}" in pins and not [pin for pin in pins if "+" in pin or "==" not in pin]
+    assert f"torch=={torch.__version__.split('+')[0]}" in pins and not [
+        pin for pin in pins if "+" in pin or "==" not in pin
+    ]
     assert {pin.split("==")[0] for pin in pins} >= {"mlflow", "diffusers", "safetensors", "pandas", "pillow", "numpy"}
 
 

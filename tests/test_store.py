@@ -96,7 +96,9 @@ print(run.id)
 def test_three_processes_race_for_a_fresh_database(paths):
     (paths.root / "mlflow.db.new").write_text("left by one that was killed half-way")
     command = [sys.executable, "-c", RACER, str(paths.root)]
-    racers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "123"]
+    racers = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "123"
+    ]
     ids = [racer.communicate(timeout=120)[0].strip() for racer in racers]
     assert all(len(id) == 32 for id in ids), ids
     client = tracking.connect(paths)

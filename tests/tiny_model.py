@@ -30,7 +30,9 @@ def write_model(artifacts: Path, seed: int = 0, classes: list[str] = CLASSES, ob
         mid_block_add_attention=False,
     )
     network.save_pretrained(artifacts / "vae")
-    sizes = ModelConfig("custom", patch_size=4, hidden_size=32, depth=1, num_heads=2, learn_sigma=objective == "diffusion")
+    sizes = ModelConfig(
+        "custom", patch_size=4, hidden_size=32, depth=1, num_heads=2, learn_sigma=objective == "diffusion"
+    )
     model = DiT(sizes, input_size=SIZE // 2, in_channels=4, num_classes=len(classes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

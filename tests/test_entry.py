@@ -1,0 +1,148 @@
+"""The stage's door, with real processes, signals and locks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+STAGE = """
+import sys, time
+from dataclasses import dataclass
+from dit import entry
+from dit.paths import Paths, publish
+
+@dataclass(frozen=True)
+class Section:
+    what: str
+
+def toy(toy: Section, *, paths: Paths) -> None:
+    if toy.what == "refuse":
+        raise ValueError("toy.what: refuse is no good: use work")
+    if toy.what == "fail":
+        raise RuntimeError("broken")
+    if toy.what == "full":
+        with publish(paths.artifacts / "toy", paths.scratch) as folder:
+            (folder / "half").write_text("half")
+            raise OSError(28, "No space left on device")
+    if toy.what == "sleep":
+        print("sleeping", flush=True)
+        time.sleep(60)
+    if toy.what == "step":
+        with entry.deferred_interrupts() as stop:
+            print("sleeping", flush=True)
+            while not stop():
+                time.sleep(0.05)
+        (paths.root / "saved").write_text("yes")
+        raise entry.Interrupted("stopped at step 3")
+    with publish(paths.artifacts / "toy", paths.scratch) as folder:
+        (folder / "done").write_text("done")
+
+if __name__ == "__main__":
+    entry.main(toy)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    (tmp_path / "toy.py").write_text(textwrap.dedent(STAGE))
+
+    def start(what, **environment):
+        (tmp_path / "params.yaml").write_text(f"toy: {{what: {what}}}\n")
+        return subprocess.Popen(
+            [sys.executable, "toy.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return tmp_path, start
+
+
+def outcome(folder):
+    return json.loads((folder / "scratch" / "outcome" / "toy.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "what,code,status,line",
+    [
+        ("work", 0, "completed", ""),
+        ("refuse", 2, "refused", "toy: toy.what: refuse is no good: use work\n"),
+        ("3", 2, "refused", "toy: toy.what: input should be a valid string, got 3\n"),
+        ("full", 1, "failed", "toy: the disk is full, nothing was changed: free some space and run again ([Errno 28] No space left on device)\n"),
+    ],
+)
+def test_each_end_has_its_exit_code_its_line_and_its_outcome(toy, what, code, status, line):
+    folder, start = toy
+    _, stderr = (process := start(what)).communicate(timeout=60)
+    assert (process.returncode, stderr) == (code, line)
+    told = outcome(folder)
+    assert (told["status"], told["exit_code"]) == (status, code)
+    assert (folder / "artifacts" / "toy").exists() == (what == "work")
+    assert not list((folder / "scratch").glob("publish/*"))
+
+
+def test_a_bug_shows_its_traceback(toy):
+    folder, start = toy
+    _, stderr = (process := start("fail")).communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" in stderr and stderr.endswith("toy: RuntimeError: broken\n")
+    assert outcome(folder)["message"] == "RuntimeError: broken"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("what", ["sleep", "step"])
+def test_a_signal_ends_it_with_75_and_lets_it_save(toy, what, number):
+    folder, start = toy
+    process = start(what)
+    assert process.stdout.readline() == "sleeping\n"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 75 and outcome(folder)["status"] == "interrupted"
+    assert "the same command goes on where this one stopped" in stderr and "Traceback" not in stderr
+    assert (folder / "saved").exists() == (what == "step")
+    assert not (folder / "artifacts").exists()
+
+
+def test_one_at_a_time_and_the_lock_dies_with_its_holder(toy):
+    folder, start = toy
+    first = start("sleep")
+    assert first.stdout.readline() == "sleeping\n"
+    second = start("work")
+    assert second.stdout.readline() == f"toy: waiting for process {first.pid} on {os.uname().nodename}, which runs this stage already\n"
+    time.sleep(0.3)
+    assert second.poll() is None and not (folder / "artifacts").exists()
+    first.kill()
+    assert second.wait(20) == 0 and (folder / "artifacts" / "toy" / "done").exists()
+    first.wait()
+
+
+def test_it_ends_when_the_dvc_that_started_it_is_killed(toy):
+    folder, _ = toy
+    (folder / "params.yaml").write_text("toy: {what: step}\n")
+    (folder / "dvc").write_text("import os, subprocess, sys\nsubprocess.run([sys.executable, 'toy.py'])\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "toy"}
+    dvc = subprocess.Popen([sys.executable, "dvc"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    assert dvc.stdout.readline() == "sleeping\n"
+    dvc.kill()
+    dvc.wait()
+    deadline = time.monotonic() + 15
+    while not (folder / "saved").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (folder / "saved").exists(), "the stage outlived its DVC"
+
+
+def test_code_of_another_checkout_is_refused(tmp_path):
+    (tmp_path / "dit").mkdir()
+    (tmp_path / "dit" / "entry.py").write_text("")
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dit import entry; entry._refuse_foreign_code()"
+    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "would run on the artifacts of" in done.stderr

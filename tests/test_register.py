@@ -1,0 +1,339 @@
+"""The registry's decisions, against a real database and real, tiny models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_model import CLASSES, EXTRACTOR, write_metrics, write_model, write_reference, write_training
+
+from dit import served, store, tracking
+from dit.checkpoint import load_checkpoint
+from dit.contest import beats
+from dit.generation import SampleConfig, Setting, generate_blocks
+from dit.metrics import EvaluateConfig, score
+from dit.paths import Paths
+from dit.registry import DIGEST
+from dit.runtime import RunConfig
+from dit.stages.register import RECORD, TESTED, RegisterConfig, register
+from dit.vae import Autoencoder
+
+NAME = "dit-digits"
+SAMPLE = SampleConfig(12, 0, "balanced", 8, (Setting("plain", 1.5, "euler", 2),))
+EVALUATE, RUN = EvaluateConfig(is_splits=2), RunConfig(device="cpu")
+METRIC = f"fid_{EXTRACTOR}_12"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing below catches it."""
+
+
+@pytest.fixture(scope="module")
+def fresh_database(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        home = Paths(tmp_path_factory.mktemp("database"))
+        tracking.connect(home)
+    return home.root / "mlflow.db"
+
+
+@pytest.fixture
+def paths(tmp_path, fresh_database, monkeypatch):
+    """A checkout with a trained model whose FID is 2, and an empty registry."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    paths = Paths(tmp_path)
+    shutil.copy(fresh_database, tmp_path / "mlflow.db")
+    write_reference(paths.artifacts)
+    write_training(paths)
+    retrain(paths, seed=0, fid=2.0)
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def trials(monkeypatch):
+    """Try versions out in this process: the same load and predict, without six seconds of imports. Lists them."""
+    import mlflow
+
+    tried = []
+
+    def here(model_uri, tracking_uri, conditional):
+        tried.append(model_uri)
+        assert len(mlflow.pyfunc.load_model(model_uri).predict({"label": [0]})["image"][0]) > 50
+
+    monkeypatch.setattr(served, "try_out", here)
+    return tried
+
+
+def retrain(paths, seed, fid, reference="reference0", **model):
+    write_model(paths.artifacts, seed, **model)
+    write_metrics(paths.artifacts, fid, reference)
+
+
+def run(paths, **settings):
+    """Run the stage as DVC does, its output deleted first; returns model.json."""
+    shutil.rmtree(paths.artifacts / "register", ignore_errors=True)
+    config = RegisterConfig(**{"model_name": NAME, "setting": "plain"} | settings)
+    register(config, SAMPLE, EVALUATE, RUN, paths=paths)
+    return json.loads((paths.artifacts / "register" / "model.json").read_text())
+
+
+def versions(paths, name=NAME):
+    found = tracking.connect(paths).search_model_versions(f"name = '{name}'")
+    return {int(version.version): version for version in found}
+
+
+def aliases(paths, name=NAME):
+    told = tracking.connect(paths).get_registered_model(name).aliases
+    return {alias: int(number) for alias, number in told.items()}
+
+
+def test_the_first_version_becomes_champion_and_draws_where_this_checkout_is_not_seen(paths, tmp_path_factory):
+    told = run(paths)
+    assert told["registered"] and told["version"] == 1 and told["alias"] == told["decision"] == "champion"
+    assert told["metric"] == METRIC and told["value"] == 2.0 and told["reasons"] == ["There was no champion."]
+    tags = versions(paths)[1].tags
+    expected = {"metric": METRIC, "value": "2.0", "extractor": EXTRACTOR, "reference": "reference0", "num_images": "12"}
+    assert tags.items() >= expected.items() and tags["setting"] == "plain" and tags["license"] == "CC0-1.0"
+    assert tags["run_id"] == told["run_id"] == versions(paths)[1].run_id and tags[DIGEST] == told["digest"]
+    run_of_it = tracking.connect(paths).get_run(told["run_id"])
+    assert run_of_it.data.metrics[f"plain/{METRIC}"] == 2.0 and run_of_it.data.metrics["loss"] == 1 / 10
+
+    code = f"import mlflow; row = mlflow.pyfunc.load_model('models:/{NAME}@champion').predict({{'label': ['two']}})"
+    code += "; import dit.model; print(row['label'][0], len(row['image'][0]) > 50, dit.model.__file__)"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{paths.root}/mlflow.db"}
+    environment.pop("PYTHONPATH", None)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120
+    )
+    label, drawn, file = done.stdout.split()
+    assert label == "two" and drawn == "True" and str(paths.root / "mlartifacts") in file, done.stderr
+
+
+def test_the_second_time_nothing_changes_and_it_is_quick(paths, trials):
+    run(paths)
+    before, stamp = (paths.artifacts / "register" / "model.json").read_bytes(), store.store_stamp(paths)
+    started = time.monotonic()
+    run(paths)
+    assert time.monotonic() - started < 1  # the database was not written to: it is not asked
+    (paths.scratch / "register" / "last.json").unlink()
+    run(paths)  # asked, it says the same
+    assert (paths.artifacts / "register" / "model.json").read_bytes() == before
+    assert store.store_stamp(paths) == stamp and list(versions(paths)) == [1] and len(trials) == 1
+
+
+def test_the_stage_imports_no_mlflow_where_nothing_changed(paths):
+    run(paths)
+    code = "import sys; sys.path[:0] = sys.argv[2:]; from test_register import *; run(Paths(Path(sys.argv[1])))"
+    code = code.replace("import *;", "import *; from pathlib import Path; import dit.vae;")
+    code += "; print([name for name in ('mlflow', 'diffusers', 'torch_fidelity') if name in sys.modules])"
+    command = [sys.executable, "-c", code, str(paths.root), *sys.path]
+    # this file itself imports mlflow by way of `served`: look at the stage alone
+    command[2] = f"""
+import sys, json
+from pathlib import Path
+from dit.paths import Paths
+from dit.generation import SampleConfig, Setting
+from dit.metrics import EvaluateConfig
+from dit.runtime import RunConfig
+from dit.stages.register import RegisterConfig, register
+sample = SampleConfig(12, 0, "balanced", 8, (Setting("plain", 1.5, "euler", 2),))
+config = RegisterConfig("{NAME}", "plain")
+register(config, sample, EvaluateConfig(is_splits=2), RunConfig(device="cpu"), paths=Paths(Path(sys.argv[1])))
+print([name for name in ("mlflow", "diffusers", "torch_fidelity") if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command[:4], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_the_better_one_wins_the_others_are_challengers(paths):
+    run(paths)
+    retrain(paths, seed=1, fid=1.5)
+    told = run(paths)
+    assert told["alias"] == "champion" and told["champion_version"] == 1 and told["champion_value"] == 2.0
+    assert told["reasons"] == [f"{METRIC} 1.5 beats champion version 1's 2."]
+    for version, (fid, verb) in enumerate(((1.7, "does not beat"), (1.5, "equals"), (float("nan"), "never wins")), 3):
+        retrain(paths, seed=version, fid=fid)
+        told = run(paths)
+        assert told["version"] == version and told["alias"] == told["decision"] == "challenger"
+        assert verb in told["reasons"][0]
+        assert aliases(paths) == {"champion": 2, "challenger": version}
+    assert told["value"] is None
+
+
+def test_a_model_whose_figure_is_not_finite_is_no_champion_even_where_there_is_none(paths):
+    retrain(paths, seed=1, fid=float("nan"))
+    assert run(paths)["decision"] == "challenger" and "champion" not in aliases(paths)
+    retrain(paths, seed=2, fid=50.0)
+    assert run(paths)["decision"] == "champion"
+
+
+def test_a_higher_figure_wins_where_higher_is_better():
+    assert beats("class_agreement_1k", 0.9, 0.8) and not beats("class_agreement_1k", 0.8, 0.8)
+    assert beats("fid_x_1k", 1, 2) and beats("kid_x_1k", -0.1, 0) and not beats("fid_x_1k", 2, 1)
+    assert beats("fid_x_1k", 1, float("nan")) and not beats("fid_x_1k", float("inf"), float("nan"))
+
+
+def test_where_the_reference_changed_the_champion_is_scored_on_the_new_one_first(paths, monkeypatch):
+    run(paths)
+    files = load_checkpoint(paths.artifacts / "ema"), Autoencoder.load(paths.artifacts / "vae")
+    reference = write_reference(paths.artifacts, seed=1)
+    expected = score(*generate_blocks(*files, SAMPLE.settings[0], SAMPLE), paths.artifacts / "reference", EVALUATE)[METRIC]
+    assert expected != 2.0
+
+    retrain(paths, seed=1, fid=expected * 1.01, reference=reference)
+    told = run(paths)
+    assert told["decision"] == "challenger" and told["champion_value"] == pytest.approx(expected)
+    assert "scored again" in told["reasons"][0]
+
+    monkeypatch.setattr("dit.contest.score", lambda *_: pytest.fail("the champion's new figure is known already"))
+    retrain(paths, seed=2, fid=expected * 0.99, reference=reference)  # worse than the champion's old 2.0, or not
+    told = run(paths)
+    assert told["decision"] == "champion" and aliases(paths) == {"champion": 3, "challenger": 2}
+
+
+def test_a_champion_of_another_objective_draws_with_its_own_sampler(paths):
+    run(paths)
+    write_reference(paths.artifacts, seed=1)
+    retrain(paths, seed=1, fid=1e9, reference="reference1", objective="diffusion")
+    config = RegisterConfig(NAME, "plain")
+    sample = SampleConfig(12, 0, "balanced", 8, (Setting("plain", 1.5, "ddim", 2),))
+    register(config, sample, EVALUATE, RUN, paths=paths)
+    told = json.loads((paths.artifacts / "register" / "model.json").read_text())
+    assert told["decision"] == "challenger" and "It drew with euler, since ddim does not fit" in told["reasons"][1]
+
+
+def test_models_of_other_classes_are_not_compared(paths):
+    run(paths)
+    write_reference(paths.artifacts, seed=1)
+    retrain(paths, seed=1, fid=0.1, reference="reference1", classes=[*CLASSES, "three"])
+    told = run(paths)
+    assert told["decision"] == "challenger" and "not comparable: its classes are" in told["reasons"][0]
+    assert aliases(paths) == {"champion": 1, "challenger": 2}
+
+
+def test_a_champion_that_cannot_be_fetched_is_asked_for_again(paths):
+    run(paths)
+    files = next((paths.root / "mlartifacts" / "models").iterdir())
+    files.rename(paths.root / "away")
+    reference = write_reference(paths.artifacts, seed=1)
+    retrain(paths, seed=1, fid=1e9, reference=reference)
+    told = run(paths)
+    assert told["decision"] == "undecided" and told["alias"] == "challenger" and told["registered"]
+    (paths.root / "away").rename(files)
+    told = run(paths)
+    assert told["decision"] == "challenger" and told["champion_value"] < 1e9 and list(versions(paths)) == [2, 1]
+
+
+def test_offline_it_says_so_and_the_next_run_makes_it_good(paths, monkeypatch, capsys):
+    with monkeypatch.context() as offline:
+        offline.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        started = time.monotonic()
+        told = run(paths)
+        assert time.monotonic() - started < 3
+    assert told["registered"] is False and told["version"] is None and "refused" in told["reasons"][0]
+    assert "going on without it" in capsys.readouterr().out
+    told = run(paths)
+    assert told["registered"] is True and told["version"] == 1 and told["alias"] == "champion"
+
+
+def test_killed_anywhere_the_next_run_completes_it(paths, monkeypatch, trials):
+    """Every call that changes something at MLflow is torn off, once before it was carried out and once after."""
+    import mlflow
+
+    run(paths)  # the champion, so that the others are decided against it
+    expected = {"decision": "challenger", "alias": "challenger", "reasons": [f"{METRIC} 3 does not beat champion version 1's 2."]}
+    calls = {"count": 0, "kill": None}
+
+    def counted(name, original):
+        def method(*arguments, **named):
+            calls["count"] += 1
+            if calls["kill"] == (calls["count"], "before"):
+                raise Killed
+            result = original(*arguments, **named)
+            if calls["kill"] == (calls["count"], "after"):
+                raise Killed
+            return result
+
+        return method
+
+    changing = ["create_logged_model", "log_model_artifacts", "finalize_logged_model", "create_model_version"]
+    changing += ["set_model_version_tag", "set_registered_model_alias"]
+    for name in changing:
+        monkeypatch.setattr(mlflow.MlflowClient, name, counted(name, getattr(mlflow.MlflowClient, name)))
+    retrain(paths, seed=1, fid=3.0)
+    version, step = 2, 1
+    while True:
+        for when in ("before", "after"):
+            metrics = paths.artifacts / "evaluate" / "metrics.json"
+            metrics.write_text(metrics.read_text() + " ")  # other content: another version
+            calls |= {"count": 0, "kill": (step, when)}
+            try:
+                run(paths)
+                finished = True
+            except Killed:
+                finished = False
+                assert not (paths.artifacts / "register").exists()
+                challenger = aliases(paths).get("challenger")
+                if challenger == version:
+                    tags = versions(paths)[version].tags
+                    assert TESTED in tags and RECORD in tags
+                calls["kill"] = None
+                told = run(paths)
+                assert told.items() >= expected.items() and told["version"] == version
+            assert sorted(versions(paths)) == list(range(1, version + 1)), (step, when)
+            assert aliases(paths) == {"champion": 1, "challenger": version}
+            version += 1
+        if finished:
+            break
+        step += 1
+    assert step > 8 and len(trials) >= version - 1
+
+
+def test_an_alias_that_a_person_moved_is_left_where_it_is(paths):
+    run(paths)
+    retrain(paths, seed=1, fid=1.0)
+    run(paths)
+    tracking.connect(paths).set_registered_model_alias(NAME, "champion", "1")
+    told = run(paths)
+    assert aliases(paths)["champion"] == 1 and told["alias"] is None and told["decision"] == "champion"
+    assert told["reasons"][-1] == "Since then @champion has moved to version 1."
+
+
+def test_a_version_that_cannot_draw_never_gets_an_alias(paths):
+    run(paths)
+    retrain(paths, seed=1, fid=0.1)
+    weights = paths.artifacts / "ema" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="missing or torn"):
+            run(paths)
+    assert aliases(paths) == {"champion": 1} and sorted(versions(paths)) == [1, 2]
+    assert not (paths.artifacts / "register").exists()
+
+
+def test_another_deciding_figure_is_decided_on_anew(paths):
+    run(paths)
+    retrain(paths, seed=1, fid=3.0)
+    assert run(paths)["decision"] == "challenger"
+    told = run(paths, metric="class_agreement")
+    assert told["version"] == 2 and told["metric"] == "class_agreement_12" and told["champion_value"] != 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"setting": "cfg9"}, "register.setting: 'cfg9' is none of sample.settings: use plain"),
+        ({"metric": "fad"}, "register.metric: 'fad' is not among the metrics: use one of fid, fid_pooled, class_agreement"),
+        ({"model_name": "a/b"}, "model_name must be letters"),
+    ],
+)
+def test_what_is_not_there_is_said(paths, settings, said):
+    with pytest.raises(ValueError, match="") as caught:
+        run(paths, **settings)
+    assert said in str(caught.value) and not (paths.artifacts / "register").exists()
