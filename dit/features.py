@@ -129,13 +129,10 @@ def load_classifier(path: Path) -> Classifier:
     return classifier.eval().requires_grad_(False)
 
 
-def statistics(features: Tensor) -> dict[str, Any]:
-    """Mean and unbiased covariance of features (N, D), float64, as torch-fidelity's FID takes them."""
-    torchvision_cpu.prepare()
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-
-    return fid_features_to_statistics(features.double())
+def statistics(features: Tensor) -> dict[str, np.ndarray]:
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D), float64."""
+    values = features.double().numpy()
+    return {"mu": values.mean(axis=0), "sigma": np.cov(values, rowvar=False)}
 
 
 def register_extractor(name: str, weights: Path) -> None:

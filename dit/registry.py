@@ -1,6 +1,6 @@
 """The registry of models at MLflow: numbered versions found by the digest of what they hold, and their aliases."""
 
-import tempfile
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +57,12 @@ class Registry:
             self._client.create_registered_model(self.name)
         model = self._model(digest, run_id)
         if str(model.status) != "READY":
-            with tempfile.TemporaryDirectory(dir=self._workspace) as there:
-                folder = Path(there) / "model"
-                entry = {"artifact_path": model.artifact_location, "model_uuid": model.model_id}
-                pack(folder, {**entry, "model_id": model.model_id, "run_id": run_id})
-                self._client.log_model_artifacts(model.model_id, str(folder))
+            folder = self._workspace / "packed"
+            shutil.rmtree(folder, ignore_errors=True)
+            entry = {"artifact_path": model.artifact_location, "model_uuid": model.model_id}
+            pack(folder, {**entry, "model_id": model.model_id, "run_id": run_id})
+            self._client.log_model_artifacts(model.model_id, str(folder))
+            shutil.rmtree(folder)
             self._client.finalize_logged_model(model.model_id, "READY")
         told = {**tags, DIGEST: digest}
         made = self._client.create_model_version(

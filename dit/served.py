@@ -18,6 +18,7 @@ import base64
 import importlib.metadata
 import io
 import math
+import numbers
 import os
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def read_seeds(rows: pandas.DataFrame) -> list[int]:
     given = list(rows["seed"]) if "seed" in rows else [None] * len(rows)
     seeds = [i if _missing(seed) else seed for i, seed in enumerate(given)]
     for seed in seeds:
-        if isinstance(seed, bool | str) or seed != int(seed) or seed < 0:
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Real) or not float(seed).is_integer() or seed < 0:
             raise ValueError(f"seed {seed!r} is not a whole number of at least 0")
     return [int(seed) for seed in seeds]
 
@@ -164,7 +165,7 @@ def signature(conditional: bool, setting: str) -> Any:
 
     label = [ColSpec(AnyType(), "label")] if conditional else []  # a number or a name
     return ModelSignature(
-        inputs=Schema([*label, ColSpec("long", "seed", required=not conditional)]),
+        inputs=Schema([*label, ColSpec(AnyType(), "seed", required=not conditional)]),
         outputs=Schema([ColSpec("string", "label"), ColSpec("long", "seed"), ColSpec("string", "image")]),
         params=ParamSchema(
             [

@@ -24,6 +24,7 @@ from dit.outbox import BATCH, Outbox, Point
 from dit.paths import Paths
 from dit.provenance import provenance, settings
 
+CLOSE_SECONDS = 30.0  # the longest wait at a run's end
 ORIGIN = "dit.original_run_id"  # tag of a run that was made again: the run it stands for
 PARTIAL = "dit.partial"  # tag of one whose beginning is to be filled in from loss.csv
 _ENVIRONMENT = {
@@ -151,7 +152,7 @@ class Run:
                 self._client.set_terminated(self.id, status)
 
         if self._outbox:
-            self._outbox.close(end, seconds=3 * float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]))
+            self._outbox.close(end, CLOSE_SECONDS)
 
     def _do(self, job: Any) -> None:
         if self._outbox:

@@ -35,6 +35,8 @@ def up(root: Path, say: Callable[[str], None] = print) -> None:
 
     Raises ValueError with the reason if something can't start; what this call had started is ended then.
     """
+    if not (root / "prefect.yaml").exists():
+        raise ValueError(f"no prefect.yaml in {root.resolve()}: run in the project's folder")
     began, folder = time.monotonic(), servers.folder_of(root)
     with turns.turn(folder, "lock", "another `up` or `down`", say):
         started: list[Service] = []

@@ -126,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run it although nothing changed")
     chosen = parser.parse_args(arguments)
     try:
+        if not Path("dvc.yaml").exists():
+            raise ValueError(f"no dvc.yaml in {Path.cwd()}: run in the project's folder")
         if chosen.preset:
             presets.resolve(chosen.preset)
         os.environ.update(servers.for_this_process(Path.cwd(), get_current_settings().api.url))

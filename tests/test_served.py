@@ -84,6 +84,8 @@ def test_an_image_is_a_function_of_label_and_seed_wherever_it_is_asked_for(model
         near = np.abs(picture(alone["image"][0]).astype(int) - picture(together["image"][i]))
         assert near.max() <= 1  # the batch's shape may change the last bit
     assert len(set(together["image"])) == 6
+    some = model.predict([{"label": 0}, {"label": 1}, {"label": 2, "seed": 7}])  # a row without one: its place
+    assert list(some["seed"]) == [0, 1, 7]
 
 
 def test_params_choose_a_setting_and_override_it(model):
@@ -102,6 +104,8 @@ def test_params_choose_a_setting_and_override_it(model):
         ({"label": [1.5]}, None, "label 1.5 is no class"),
         ({"label": [None]}, None, "label None is no class"),
         ({"label": [0], "seed": [-4]}, None, "seed -4 is not"),
+        ({"label": [0], "seed": ["x"]}, None, "seed 'x' is not"),
+        ({"label": [0], "seed": [float("inf")]}, None, "seed inf is not"),
         ({"label": [0]}, {"setting": "best"}, "setting 'best' is none of this model's: use plain or strong"),
         ({"label": [0]}, {"sampler": "ddpm"}, "sampler 'ddpm' does not fit"),
         ({"label": [0]}, {"num_steps": 0}, "num_steps must be at least 1"),

@@ -3,9 +3,11 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 
 import pytest
+from toy_pipeline import REPOSITORY
 
 from flows import servers, services
 from flows.services import Service
@@ -116,6 +118,16 @@ def test_the_pointer_is_written_and_removed_but_never_a_persons(tmp_path):
 
 def test_a_server_that_the_person_chose_is_used(tmp_path):
     assert servers.for_this_process(tmp_path, "https://their.server/api") == {}
+
+
+@pytest.mark.parametrize("command", [["flows.local", "up"], ["flows.train_dit"]])
+def test_outside_a_checkout_there_is_one_line_and_nothing_is_made(tmp_path, command):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "run in the project's folder" in done.stderr
+    assert not (tmp_path / "scratch").exists()
 
 
 def free_port():

@@ -44,11 +44,8 @@ def test_metrics_decision_and_report_are_shown(tmp_path):
 
 
 def test_an_unregistered_model_is_called_so(tmp_path):
-    write(
-        tmp_path,
-        "register/model.json",
-        {"name": "dit-digits", "registered": False, "version": None, "reason": "offline"},
-    )
+    model = {"name": "dit-digits", "registered": False, "version": None, "reasons": ["offline"]}
+    write(tmp_path, "register/model.json", model)
     page = markdown(tmp_path, "digits", {})
     assert "dit-digits is not registered." in page and "- offline" in page
 
