@@ -31,6 +31,7 @@ class Interrupted(BaseException):
 
 
 _deferred: threading.Event | None = None
+_signalled = False  # one signal is enough: a second must not break into the saving that the first began
 
 
 @contextlib.contextmanager
@@ -39,12 +40,12 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
 
     A training step must not be torn in half: the loop asks between steps, saves, and raises Interrupted itself.
     """
-    global _deferred
+    global _deferred, _signalled
     _deferred = requested = threading.Event()
     try:
         yield requested.is_set
     finally:
-        _deferred = None
+        _deferred, _signalled = None, requested.is_set()
 
 
 def main(stage: Callable[..., None]) -> None:
@@ -112,9 +113,11 @@ def _holder(text: str) -> str:
 
 
 def _on_signal(number: int, frame: Any) -> None:
+    global _signalled
     if _deferred is not None:
         _deferred.set()
-    else:
+    elif not _signalled:
+        _signalled = True
         raise Interrupted(f"interrupted by {signal.Signals(number).name}")
 
 

@@ -13,9 +13,13 @@ def client(tmp_path, monkeypatch):
     return tracking.connect(Paths(tmp_path))
 
 
-def test_versions_are_found_by_what_they_hold(client, tmp_path):
+@pytest.fixture
+def run_id(client, tmp_path):
+    return client.create_run(client.create_experiment("x", (tmp_path / "files").as_uri())).info.run_id
+
+
+def test_versions_are_found_by_what_they_hold(client, run_id, tmp_path):
     registry, other = (Registry(client, name, tmp_path / "work") for name in ("digits", "letters"))
-    run_id = client.create_run("0").info.run_id
     packed = []
 
     def pack(folder, entry):
@@ -49,7 +53,7 @@ def test_of_two_versions_of_the_same_the_first_counts(client, tmp_path):
     assert registry.find("aa").number == 1
 
 
-def test_what_was_fetched_is_what_was_packed(client, tmp_path):
+def test_what_was_fetched_is_what_was_packed(client, run_id, tmp_path):
     registry = Registry(client, "digits", tmp_path / "work")
 
     def pack(folder, entry):
@@ -57,6 +61,6 @@ def test_what_was_fetched_is_what_was_packed(client, tmp_path):
         (folder / "MLmodel").write_text("flavors: {}\n")
         (folder / "artifacts" / "weights").write_bytes(b"1234")
 
-    registry.add("aa", client.create_run("0").info.run_id, {}, pack)
+    registry.add("aa", run_id, {}, pack)
     there = tracking.download("models:/digits/1", tmp_path / "fetched")
     assert (there / "artifacts" / "weights").read_bytes() == b"1234" and not list((tmp_path / "work").iterdir())
