@@ -141,7 +141,6 @@ def register_extractor(name: str, weights: Path) -> None:
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-
     class Extractor(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **_: Any):
             super().__init__(name, features_list)

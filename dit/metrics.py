@@ -69,7 +69,6 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-
     least = max(evaluate.nearest_k + 1, 2)
     if len(images) < least:
         raise ValueError(f"sample.num_images must be at least {least} for these metrics, got {len(images)}")

@@ -1,6 +1,7 @@
 """Where a result comes from: settings, git commit, DVC's hashes of what went in."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def provenance(paths: Paths, stage: str = "train") -> dict[str, str]:
         # dvc.lock is written while the pipeline runs: that is no change that a person made.
         changes = _git(paths.root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
         tags |= {"git.commit": commit, "git.dirty": str(bool(changes)).lower()}
+    if run := os.environ.get("DIT_FLOW_RUN_ID"):  # set by flows/ for the stages it starts
+        tags["prefect.flow_run_id"] = run
     return tags | {f"dvc.{path}": digest for path, digest in inputs(paths.root, stage).items()}
 
 

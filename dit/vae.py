@@ -65,7 +65,6 @@ def import_diffusers():
     torchvision_cpu.prepare()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-
     return AutoencoderKL
 
 

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: "model diffusion transport sampling ema",
     1: "paths config presets randomness progress schedule runtime sources shards latents vae torchvision_cpu features metrics "
-    "checkpoint generation grids trainer",
-    2: "entry reuse resume tracking store outbox provenance registry contest served preview",
+    "checkpoint generation grids contest trainer",
+    2: "entry reuse resume tracking store outbox provenance registry served preview",
     3: "stages",
     4: "check cli",
 }

@@ -78,7 +78,12 @@ def outcome(folder):
         ("work", 0, "completed", ""),
         ("refuse", 2, "refused", "toy: toy.what: refuse is no good: use work\n"),
         ("3", 2, "refused", "toy: toy.what: input should be a valid string, got 3\n"),
-        ("full", 1, "failed", "toy: the disk is full, nothing was changed: free some space and run again ([Errno 28] No space left on device)\n"),
+        (
+            "full",
+            1,
+            "failed",
+            "toy: the disk is full, nothing was changed: free some space and run again ([Errno 28] No space left on device)\n",
+        ),
     ],
 )
 def test_each_end_has_its_exit_code_its_line_and_its_outcome(toy, what, code, status, line):
@@ -117,7 +122,10 @@ def test_one_at_a_time_and_the_lock_dies_with_its_holder(toy):
     first = start("sleep")
     assert first.stdout.readline() == "sleeping\n"
     second = start("work")
-    assert second.stdout.readline() == f"toy: waiting for process {first.pid} on {os.uname().nodename}, which runs this stage already\n"
+    assert (
+        second.stdout.readline()
+        == f"toy: waiting for process {first.pid} on {os.uname().nodename}, which runs this stage already\n"
+    )
     time.sleep(0.3)
     assert second.poll() is None and not (folder / "artifacts").exists()
     first.kill()

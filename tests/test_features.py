@@ -68,7 +68,9 @@ def test_large_images_are_averaged_down():
     images = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
     large = images.repeat(2, axis=1).repeat(2, axis=2)
     classifier = Classifier(3).eval()
-    torch.testing.assert_close(extract(classifier, large)["hidden"], extract(classifier, images)["hidden"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        extract(classifier, large)["hidden"], extract(classifier, images)["hidden"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_shifting_moves_by_whole_pixels():
@@ -99,7 +101,9 @@ def test_torch_fidelity_finds_the_extractor_and_agrees(tmp_path, classifier):
     images, labels = bars(200)
     others, other_labels = bars(120, seed=2)
     others = np.clip(others.astype(int) + 15, 0, 255).astype(np.uint8)
-    write_reference(tmp_path, images, labels, *bars(100, seed=3), {"extractor": "bars_classifier", "num_classes": 2}, QUICK)
+    write_reference(
+        tmp_path, images, labels, *bars(100, seed=3), {"extractor": "bars_classifier", "num_classes": 2}, QUICK
+    )
     settings = EvaluateConfig(kid_subset_size=50, kid_subsets=10)
     ours = score(others, other_labels, tmp_path, settings)
     register_extractor("bars_classifier", tmp_path / "classifier.safetensors")

@@ -48,7 +48,9 @@ def test_blocks_are_bit_identical_however_they_are_spread(model):
 
 def test_every_sampler_draws_something_finite(model):
     checkpoint, autoencoder = model
-    for sampler in {"transport": ("euler", "heun"), "diffusion": ("ddpm", "ddim")}[checkpoint.config["objective"]["name"]]:
+    for sampler in {"transport": ("euler", "heun"), "diffusion": ("ddpm", "ddim")}[
+        checkpoint.config["objective"]["name"]
+    ]:
         images = generate(checkpoint, autoencoder, Setting("s", 2.0, sampler, 5), torch.tensor([0, 1]), [0, 1], seed=0)
         assert images.dtype == torch.uint8 and images.float().std() > 0
 

@@ -83,7 +83,11 @@ def test_running_statistics_equal_those_of_all_at_once(sizes):
 def test_the_digest_follows_content_scale_and_classes(folder):
     index = read_index(folder)
     base = index_digest(index)
-    for change in ({"classes": ["b"]}, {"normalization": {"mean": [0.0], "std": [1.0]}}, {"shards": index["shards"][:1]}):
+    for change in (
+        {"classes": ["b"]},
+        {"normalization": {"mean": [0.0], "std": [1.0]}},
+        {"shards": index["shards"][:1]},
+    ):
         assert index_digest({**index, **change}) != base
     assert index_digest({**index, "something": "else"}) == base
 

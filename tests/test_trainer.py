@@ -37,7 +37,9 @@ def new_network(seed=0):
 
 
 def train(latents, config, objective=TRANSPORT, run=RUN, **options):
-    return fit(new_network(), LatentDataset(latents, config.seed, config.global_batch_size), objective, config, run, **options)
+    return fit(
+        new_network(), LatentDataset(latents, config.seed, config.global_batch_size), objective, config, run, **options
+    )
 
 
 def assert_same(a: TrainingState, b: TrainingState):
@@ -70,14 +72,22 @@ def test_raising_max_steps_continues_a_constant_rate(latents):
     half, whole = train(latents, settings(max_steps=6)), train(latents, settings(max_steps=12))
     assert_same(train(latents, settings(max_steps=12), resume=half), whole)
     network = new_network()
-    assert mathematics(network, TRANSPORT, settings(max_steps=6), "x") == mathematics(network, TRANSPORT, settings(), "x")
+    assert mathematics(network, TRANSPORT, settings(max_steps=6), "x") == mathematics(
+        network, TRANSPORT, settings(), "x"
+    )
     cosine = [mathematics(network, TRANSPORT, settings(max_steps=n, lr_schedule="cosine"), "x") for n in (6, 12)]
     assert cosine[0] != cosine[1]
 
 
 def test_what_changes_the_weights_changes_the_name(latents):
-    names = {mathematics(new_network(), TRANSPORT, settings(**c), "x") for c in ({}, {"lr": 1e-3}, {"seed": 1}, {"ema_decay": 0.5})}
-    names |= {mathematics(new_network(), DIFFUSION, settings(), "x"), mathematics(new_network(), TRANSPORT, settings(), "y")}
+    names = {
+        mathematics(new_network(), TRANSPORT, settings(**c), "x")
+        for c in ({}, {"lr": 1e-3}, {"seed": 1}, {"ema_decay": 0.5})
+    }
+    names |= {
+        mathematics(new_network(), DIFFUSION, settings(), "x"),
+        mathematics(new_network(), TRANSPORT, settings(), "y"),
+    }
     assert len(names) == 6
 
 
@@ -114,7 +124,9 @@ def test_previews_draw_no_training_randomness_and_see_the_average(latents):
 
 def test_an_infinite_loss_stops_with_its_step_and_saves_nothing(latents):
     saved = []
-    with pytest.raises(ValueError, match=r"train.lr: the loss is not finite at step \d+, nothing of it was saved") as caught:
+    with pytest.raises(
+        ValueError, match=r"train.lr: the loss is not finite at step \d+, nothing of it was saved"
+    ) as caught:
         train(latents, settings(lr=9.9, betas=(0.0, 0.0), max_steps=400, warmup_steps=0), save=saved.append)
     assert "\n" not in str(caught.value)
     weights = [t for state in saved for name, t in state.tensors.items() if name.startswith(("model.", "ema."))]
@@ -134,7 +146,9 @@ def test_the_inputs_of_a_step(latents):
     assert dropped == pytest.approx(0.25, abs=0.03)
     kept = inputs["y"] != 3
     assert torch.equal(inputs["y"][kept], data.batch(0)["label"][kept])
-    assert 0 <= inputs["t"].min() and inputs["t"].max() <= 1 and inputs["t"].mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (
+        0 <= inputs["t"].min() and inputs["t"].max() <= 1 and inputs["t"].mean().item() == pytest.approx(0.5, abs=0.03)
+    )
     steps = step_inputs(data.batch(0), data, new_network(), DIFFUSION, settings(), 0)["t"]
     assert steps.dtype == torch.long and steps.min() >= 0 and steps.max() == 999
     again = step_inputs(data.batch(0), data, new_network(), TRANSPORT, settings(class_dropout_prob=0.25), 0)
@@ -143,7 +157,11 @@ def test_the_inputs_of_a_step(latents):
 
 @pytest.mark.parametrize(
     "change,message",
-    [({"lr": 0}, "lr must be above 0"), ({"max_steps": 0}, "max_steps must be at least 1"), ({"ema_decay": 1.5}, "ema_decay must be between")],
+    [
+        ({"lr": 0}, "lr must be above 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"ema_decay": 1.5}, "ema_decay must be between"),
+    ],
 )
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -172,4 +190,6 @@ def test_matches_the_plain_recipe_written_out(latents):
     assert state.values["rows"][0][1] == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(state.tensors[f"model.{name}"], parameter.detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(state.tensors[f"ema.{name}"], 0.9 * before[name] + 0.1 * parameter.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            state.tensors[f"ema.{name}"], 0.9 * before[name] + 0.1 * parameter.detach(), rtol=1e-4, atol=1e-5
+        )

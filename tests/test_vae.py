@@ -104,7 +104,10 @@ def test_psnr_equals_its_definition():
     assert psnr(a, a + 16) == pytest.approx(20 * np.log10(255 / 16)) and psnr(a, a) == float("inf")
 
 
-@pytest.mark.parametrize("change,message", [({"block_out_channels": (8, 12)}, "block_out_channels must be multiples"), ({"lr": 0}, "lr must be above 0")])
+@pytest.mark.parametrize(
+    "change,message",
+    [({"block_out_channels": (8, 12)}, "block_out_channels must be multiples"), ({"lr": 0}, "lr must be above 0")],
+)
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         VaeConfig(**{"pretrained": None, **change})

@@ -39,7 +39,9 @@ def vae(vae: VaeConfig, run: RunConfig, *, paths: Paths) -> None:
 def spread(shards: Path, most: int) -> np.ndarray:
     """At most so many training images (N, S, S, 3), taken evenly from all shards: those are sorted by class."""
     total = sum(shard["samples"] for shard in read_manifest(shards)["shards"] if shard["split"] == "train")
-    return np.stack([image for _, _, image in islice(stream_split(shards, "train"), 0, None, max(1, -(-total // most)))])
+    return np.stack(
+        [image for _, _, image in islice(stream_split(shards, "train"), 0, None, max(1, -(-total // most)))]
+    )
 
 
 if __name__ == "__main__":
