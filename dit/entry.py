@@ -50,7 +50,10 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
 
 def main(stage: Callable[..., None]) -> None:
     """Run a stage as this process: load its sections, hold its lock, report how it ended, exit."""
-    sys.exit(run(stage, Paths()))
+    code = run(stage, Paths())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written and closed: taking down a thousand modules one by one costs a second and more
 
 
 def run(stage: Callable[..., None], paths: Paths) -> int:

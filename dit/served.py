@@ -212,6 +212,7 @@ def _imports(file: Path) -> set[str]:
 
 
 _TRY = """
+import gc; gc.set_threshold(100_000)  # see dit.stages
 import base64, json, os, sys, mlflow
 row, model = json.loads(sys.argv[2]), mlflow.pyfunc.load_model(sys.argv[1])
 image = base64.b64decode(model.predict(row)["image"][0])
