@@ -21,11 +21,11 @@ def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
     device = runtime.start(run)
     reference = Reference.load(paths.artifacts / "reference")
     autoencoder = Autoencoder.load(paths.artifacts / "vae", device)
-    heldout, labels = load_split(paths.artifacts / "shard", "heldout")
+    heldout, heldout_labels = load_split(paths.artifacts / "shard", "heldout")
     reconstructed = autoencoder.reconstruct(heldout)
     floors = {
-        "heldout": score(heldout, labels, reference.folder, evaluate),
-        "reconstruction": score(reconstructed, labels, reference.folder, evaluate),
+        "heldout": score(heldout, heldout_labels, reference.folder, evaluate),
+        "reconstruction": score(reconstructed, heldout_labels, reference.folder, evaluate),
     }
     settings, count = {}, 0
     for folder in sorted((paths.artifacts / "sample").iterdir()):
@@ -37,8 +37,8 @@ def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
     told |= {"floors": floors, "settings": settings}
     with publish(paths.artifacts / "evaluate", paths.scratch) as folder:
         write_json(folder / "metrics.json", told)
-        Image.fromarray(overview(heldout, labels)).save(folder / "real.png")
-        Image.fromarray(overview(reconstructed, labels)).save(folder / "reconstructed.png")
+        Image.fromarray(overview(heldout, heldout_labels)).save(folder / "real.png")
+        Image.fromarray(overview(reconstructed, heldout_labels)).save(folder / "reconstructed.png")
     print(table({**{f"floor: {name}": row for name, row in floors.items()}, **settings}))
     with tracking.continue_run(paths, experiment=run.experiment) as mirror:
         mirror.metrics(settings | {f"floor_{name}": row for name, row in floors.items()})

@@ -136,8 +136,8 @@ def lineage(told: dict[str, Any]) -> str:
         "its held-out PSNR": f"{told['vae'].get('heldout_psnr_db', '-')} dB",
         "latents": checkpoint["latents"]["digest"],
         "reference": told["reference"]["digest"],
-        "evaluator's accuracy on held-out images": told["reference"].get("classifier_accuracy_heldout", "-"),
-        "judge's accuracy on training images": told["reference"].get("judge_accuracy_train", "-"),
+        "evaluator's accuracy on held-out images": _percent(told["reference"].get("classifier_accuracy_heldout")),
+        "judge's accuracy on training images": _percent(told["reference"].get("judge_accuracy_train")),
         "MLflow run": run["mlflow_run_id"] or "none",
         "trained on": f"{run['device']}, {run['threads']} threads, torch {run['torch']}",
         "licence of the weights": checkpoint["license"] or "yours",
@@ -147,7 +147,11 @@ def lineage(told: dict[str, Any]) -> str:
 
 
 def _cell(value: float | None) -> str:
-    return f"<td class=number>{'' if value is None else f'{value:.4g}'}</td>"
+    return f"<td class=number>{'' if value is None else f'{value:.4f}'}</td>"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 if __name__ == "__main__":
