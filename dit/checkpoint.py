@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit.model import DiT, ModelConfig
-from dit.paths import write_atomic, write_json
+from dit.paths import replacing, write_json
 
 FORMAT = "dit-checkpoint/1"
 
@@ -61,9 +61,11 @@ def load_checkpoint(folder: Path | str, device: torch.device | str = "cpu") -> C
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, atomically, from wherever the tensors live."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
-    write_atomic(path, save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}))
+    on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(path) as unfinished:
+        save_file(on_cpu, unfinished)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

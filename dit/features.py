@@ -5,7 +5,7 @@ last convolution averaged over space). Where there are no labels the classifier 
 shown instead. The extractor is registered with torch-fidelity under the name that metrics carry.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,18 @@ def to_channels_first(images: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def extract(classifier: Classifier, images: np.ndarray | Iterable[np.ndarray]) -> dict[str, Tensor]:
+def extract(
+    classifier: Classifier, images: np.ndarray | Iterable[np.ndarray], layers: Sequence[str] = LAYERS
+) -> dict[str, Tensor]:
     """Features of uint8 images (N, H, W, 3), or of batches of them, by layer: each (N, width) float64."""
     whole = isinstance(images, np.ndarray)
     batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH)) if whole else images
-    parts = [classifier(to_channels_first(batch)) for batch in batches]
-    return {layer: torch.cat([part[layer] for part in parts]).double() for layer in LAYERS}
+    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for batch in batches:
+        features = classifier(to_channels_first(batch))
+        for layer in layers:
+            parts[layer].append(features[layer])
+    return {layer: torch.cat(part).double() for layer, part in parts.items()}
 
 
 def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:

@@ -59,20 +59,26 @@ def publish(folder: Path, scratch: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file's path that replaces `path` when the block ends without an error: all of it, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield Path(name)
         os.chmod(name, 0o644)
+        _sync(Path(name))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either all of it or what it held before."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -75,15 +75,14 @@ def code_digest(paths: Paths) -> str:
 def dvc_hash(folder: Path) -> str:
     """The hash under which DVC records a folder in dvc.lock: the MD5 of its list of files and their MD5s."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    entries = [
-        {
-            "md5": hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest(),
-            "relpath": file.relative_to(folder).as_posix(),
-        }
-        for file in files
-    ]
+    entries = [{"md5": _md5(file), "relpath": file.relative_to(folder).as_posix()} for file in files]
     listed = json.dumps(sorted(entries, key=lambda entry: entry["relpath"]), sort_keys=True)
     return hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _md5(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def clean(paths: Paths) -> int:

@@ -175,13 +175,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_bytes())
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(key `<generation>-<number>`, label, image uint8 (H, W, 3)) of each sample, one at a time."""
+def read_shard(path: Path, keep: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(key `<generation>-<number>`, label, image uint8 (H, W, 3)) of each sample, one at a time.
+
+    Only samples whose position in the shard `keep` takes are decoded.
+    """
     from PIL import Image
 
-    for key, sample in _samples(path):
-        with Image.open(io.BytesIO(sample["png"]), formats=("PNG",)) as image:
-            yield key, int(sample["cls"]), np.asarray(image)
+    for position, (key, sample) in enumerate(_samples(path)):
+        if keep(position):
+            with Image.open(io.BytesIO(sample["png"]), formats=("PNG",)) as image:
+                yield key, int(sample["cls"]), np.asarray(image)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -199,19 +203,25 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield key, sample
 
 
-def stream_split(folder: Path, split: Split) -> Iterator[tuple[str, int, np.ndarray]]:
-    """`read_shard` over all shards of a split, in the manifest's order. `folder` is artifacts/shard."""
-    for shard in read_manifest(folder)["shards"]:
-        if shard["split"] == split:
-            yield from read_shard(folder / shard["file"])
+def stream_split(folder: Path, split: Split, most: int | None = None) -> Iterator[tuple[str, int, np.ndarray]]:
+    """`read_shard` over all shards of a split, in the manifest's order. `folder` is artifacts/shard.
+
+    At most `most` images where that is given, taken evenly from all of them: shards are sorted by class.
+    """
+    shards = [shard for shard in read_manifest(folder)["shards"] if shard["split"] == split]
+    total = sum(shard["samples"] for shard in shards)
+    step = 1 if most is None else max(1, -(-total // most))
+    passed = 0
+    for shard in shards:
+        yield from read_shard(folder / shard["file"], lambda position, passed=passed: (passed + position) % step == 0)
+        passed += shard["samples"]
 
 
-def load_split(folder: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """A whole split in memory: images uint8 (N, H, W, 3) and labels int64 (N,), in the manifest's order."""
-    manifest = read_manifest(folder)
-    total = sum(shard["samples"] for shard in manifest["shards"] if shard["split"] == split)
-    images = np.empty((total, manifest["image_size"], manifest["image_size"], 3), np.uint8)
-    labels = np.empty(total, np.int64)
-    for index, (_, label, image) in enumerate(stream_split(folder, split)):
-        images[index], labels[index] = image, label
-    return images, labels
+def load_split(folder: Path, split: Split, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """A split (or `most` of it, taken evenly) in memory: images uint8 (N, H, W, 3), labels int64 (N,)."""
+    size = read_manifest(folder)["image_size"]
+    images, labels = [], []
+    for _, label, image in stream_split(folder, split, most):
+        images.append(image)
+        labels.append(label)
+    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8), np.array(labels, np.int64)

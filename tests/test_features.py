@@ -101,9 +101,8 @@ def test_torch_fidelity_finds_the_extractor_and_agrees(tmp_path, classifier):
     images, labels = bars(200)
     others, other_labels = bars(120, seed=2)
     others = np.clip(others.astype(int) + 15, 0, 255).astype(np.uint8)
-    write_reference(
-        tmp_path, images, labels, *bars(100, seed=3), {"extractor": "bars_classifier", "num_classes": 2}, QUICK
-    )
+    told = {"extractor": "bars_classifier", "num_classes": 2}
+    write_reference(tmp_path, images, labels, *bars(100, seed=3), [images[:150], images[150:]], told, QUICK)
     settings = EvaluateConfig(kid_subset_size=50, kid_subsets=10)
     ours = score(others, other_labels, tmp_path, settings)
     register_extractor("bars_classifier", tmp_path / "classifier.safetensors")

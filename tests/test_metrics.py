@@ -11,7 +11,14 @@ SETTINGS = EvaluateConfig(kid_subset_size=40, kid_subsets=5)
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
-    write_reference(folder, *bars(200), *bars(120, seed=1), {"extractor": "bars_classifier", "num_classes": 2}, QUICK)
+    write_reference(
+        folder,
+        *bars(200),
+        *bars(120, seed=1),
+        [bars(200)[0]],
+        {"extractor": "bars_classifier", "num_classes": 2},
+        QUICK,
+    )
     return folder
 
 
@@ -50,7 +57,9 @@ def test_the_order_of_images_does_not_matter_to_distances(reference):
 
 
 def test_without_classes_there_is_no_class_metric(tmp_path):
-    write_reference(tmp_path, *bars(60), *bars(40), {"extractor": "bars_rotation", "num_classes": 0}, QUICK)
+    write_reference(
+        tmp_path, *bars(60), *bars(40), [bars(60)[0]], {"extractor": "bars_rotation", "num_classes": 0}, QUICK
+    )
     told = score(*bars(60, seed=1), tmp_path, SETTINGS)
     assert set(told) == {
         "fid_bars_rotation_60",

@@ -15,13 +15,15 @@ from dit.runtime import RunConfig
 from dit.shards import load_split
 from dit.vae import Autoencoder
 
+MAX_HELDOUT = 10_000  # held-out images that the floors are measured on
+
 
 def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
     """Write artifacts/evaluate/metrics.json, and mirror it to the model's MLflow run."""
     device = runtime.start(run)
     reference = Reference.load(paths.artifacts / "reference")
     autoencoder = Autoencoder.load(paths.artifacts / "vae", device)
-    heldout, heldout_labels = load_split(paths.artifacts / "shard", "heldout")
+    heldout, heldout_labels = load_split(paths.artifacts / "shard", "heldout", MAX_HELDOUT)
     reconstructed = autoencoder.reconstruct(heldout)
     floors = {
         "heldout": score(heldout, heldout_labels, reference.folder, evaluate),
