@@ -73,5 +73,10 @@ def latent_factor(vae: Any) -> int | None:
         return vae.factor
     for file in (Path(vae.pretrained) / "config.json", Path(vae.pretrained) / "vae" / "config.json"):
         if file.is_file():
-            return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
+            try:
+                return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
+            except (KeyError, TypeError, json.JSONDecodeError):
+                raise ValueError(
+                    f"vae.pretrained: {file} is not the configuration of a diffusers AutoencoderKL"
+                ) from None
     return 8 if vae.pretrained.startswith("stabilityai/sd-vae") else None

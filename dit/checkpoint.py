@@ -3,7 +3,6 @@
 Everything is safetensors and JSON: nothing is pickled, nothing runs code when it is opened.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit.model import DiT, ModelConfig
-from dit.paths import replacing, write_json
+from dit.paths import file_sha256, replacing, write_json
 
 FORMAT = "dit-checkpoint/1"
 
@@ -95,7 +94,7 @@ def save_state(folder: Path, state: TrainingState, keep: int) -> None:
     """
     name = f"step-{state.step:08d}"
     save_tensors(folder / f"{name}.safetensors", state.tensors)
-    sidecar = {"step": state.step, "sha256": _sha256(folder / f"{name}.safetensors"), "values": state.values}
+    sidecar = {"step": state.step, "sha256": file_sha256(folder / f"{name}.safetensors"), "values": state.values}
     write_json(folder / f"{name}.json", sidecar)
     for old in sorted(folder.glob("step-*.json"))[:-keep]:
         old.unlink()
@@ -108,14 +107,9 @@ def latest_state(folder: Path) -> TrainingState | None:
         tensors = sidecar.with_suffix(".safetensors")
         try:
             told = json.loads(sidecar.read_text())
-            if _sha256(tensors) == told["sha256"]:
+            if file_sha256(tensors) == told["sha256"]:
                 return TrainingState(told["step"], load_tensors(tensors), told["values"])
         except (ValueError, KeyError, OSError):
             pass
         print(f"{tensors} is torn: passed over for the state before it")
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

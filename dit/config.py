@@ -75,7 +75,7 @@ def parse(name: str, values: Any, kind: type, source: str = "params.yaml") -> An
         raise ValueError(f"{name}: section missing from {source}")
     if not isinstance(values, dict):
         raise ValueError(f"{name}: expected settings below it in {source}, found {values!r}")
-    _forbid_unknown(kind, ConfigDict(extra="forbid", strict=True))
+    _forbid_unknown(kind, ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
     try:
         # JSON and not Python mode: strict there still takes a list for a tuple and a whole number for a float.
         return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)

@@ -25,12 +25,17 @@ class Diffusion:
     def __init__(self, betas: Tensor, timestep_map: Tensor | None = None):
         self.betas = betas
         self.num_timesteps = len(betas)
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
         self.timestep_map = torch.arange(self.num_timesteps) if timestep_map is None else timestep_map
         alphas = 1 - betas
         self.alphas_bar = alphas.cumprod(0)
         one = torch.ones(1, dtype=torch.float64)
         self.alphas_bar_prev = torch.cat([one, self.alphas_bar[:-1]])
-        self.alphas_bar_next = torch.cat([self.alphas_bar[1:], 0 * one])
+        self.sqrt_alphas_bar = self.alphas_bar.sqrt()
+        self.sqrt_one_minus_alphas_bar = (1 - self.alphas_bar).sqrt()
+        self.sqrt_reciprocal_alphas_bar = (1 / self.alphas_bar).sqrt()
+        self.sqrt_reciprocal_alphas_bar_less_1 = (1 / self.alphas_bar - 1).sqrt()
+        self.log_betas = betas.log()
         # q(x_{t-1} | x_t, x) = N(coef1 x + coef2 x_t, variance), DDPM equations 6 and 7
         self.posterior_variance = betas * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
         clipped = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])  # the first is 0: no log
@@ -38,21 +43,29 @@ class Diffusion:
         self.posterior_coef1 = betas * self.alphas_bar_prev.sqrt() / (1 - self.alphas_bar)
         self.posterior_coef2 = (1 - self.alphas_bar_prev) * alphas.sqrt() / (1 - self.alphas_bar)
 
-    def at(self, table: Tensor, t: Tensor) -> Tensor:
-        """table[t] as float32 (N, 1, 1, 1) on t's device."""
-        return table.float().to(t.device)[t].view(-1, 1, 1, 1)
+    def at(self, name: str, t: Tensor) -> Tensor:
+        """The table of this name at steps t (N,), as float32 (N, 1, 1, 1) on t's device."""
+        # Kept per device: a copy at every use would make the host wait for the device.
+        key = name, t.device
+        if key not in self._on_device:
+            self._on_device[key] = getattr(self, name).float().to(t.device)
+        return self._on_device[key][t].view(-1, 1, 1, 1)
+
+    def original(self, t: Tensor) -> Tensor:
+        """The steps of the full chain that steps t (N,) of this one stand for: what the network is asked at."""
+        return self.at("timestep_map", t).view(-1).long()
 
     def q_sample(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t given clean latents x: DDPM equation 4."""
-        return self.at(self.alphas_bar.sqrt(), t) * x + self.at((1 - self.alphas_bar).sqrt(), t) * noise
+        return self.at("sqrt_alphas_bar", t) * x + self.at("sqrt_one_minus_alphas_bar", t) * noise
 
     def posterior_mean(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The mean of q(x_{t-1} | x_t, x)."""
-        return self.at(self.posterior_coef1, t) * x + self.at(self.posterior_coef2, t) * x_t
+        return self.at("posterior_coef1", t) * x + self.at("posterior_coef2", t) * x_t
 
     def predict_x(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Clean latents from predicted noise."""
-        return self.at((1 / self.alphas_bar).sqrt(), t) * x_t - self.at((1 / self.alphas_bar - 1).sqrt(), t) * eps
+        return self.at("sqrt_reciprocal_alphas_bar", t) * x_t - self.at("sqrt_reciprocal_alphas_bar_less_1", t) * eps
 
     def p_mean_log_variance(
         self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False
@@ -64,9 +77,7 @@ class Diffusion:
         """
         eps, v = output.chunk(2, dim=1)
         fraction = (v + 1) / 2
-        log_variance = fraction * self.at(self.betas.log(), t) + (1 - fraction) * self.at(
-            self.posterior_log_variance, t
-        )
+        log_variance = fraction * self.at("log_betas", t) + (1 - fraction) * self.at("posterior_log_variance", t)
         x = self.predict_x(x_t, t, eps)
         if clip:
             x = x.clamp(-1, 1)
@@ -86,7 +97,7 @@ class Diffusion:
     def bits(self, output: Tensor, x: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
         """One term of the variational bound, (N,) bits per dimension: a KL for t > 0, a likelihood at t = 0."""
         mean, log_variance, _ = self.p_mean_log_variance(output, x_t, t, clip)
-        true_mean, true_log_variance = self.posterior_mean(x, x_t, t), self.at(self.posterior_log_variance, t)
+        true_mean, true_log_variance = self.posterior_mean(x, x_t, t), self.at("posterior_log_variance", t)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         nll = -discretized_gaussian_log_likelihood(x, mean, 0.5 * log_variance)
         return torch.where(t == 0, nll.mean(dim=(1, 2, 3)), kl.mean(dim=(1, 2, 3))) / math.log(2)
@@ -165,5 +176,5 @@ def training_loss(
 ) -> Tensor:
     """Loss (N,) of the network at steps t (N,) for clean latents x (N, C, H, W) and labels y (N,)."""
     x_t = diffusion.q_sample(x, t, noise)
-    output = model(x_t, diffusion.timestep_map.to(t.device)[t], y)
+    output = model(x_t, diffusion.original(t), y)
     return diffusion.loss(output.float(), x, x_t, noise, t)["loss"]

@@ -71,6 +71,9 @@ def run(stage: Callable[..., None], paths: Paths) -> int:
             stage(**sections, paths=paths)
     except ValueError as error:
         code, message = REFUSED, str(error)
+        if not _raised_by_us(error):  # not what a person did wrong, but a bug of ours
+            code, message = FAILED, f"{type(error).__name__}: {error}"
+            traceback.print_exc()
     except Interrupted as error:
         code, message = INTERRUPTED, f"{error or 'interrupted'}: the same command goes on where this one stopped"
     except Exception as error:
@@ -138,11 +141,15 @@ def _watch_dvc() -> None:
             if any(Path(part).name == "dvc" for part in ancestor.cmdline()[:4]):
                 threading.Thread(target=_end_with, args=(ancestor,), daemon=True).start()
                 return
+    raise Interrupted("the DVC that started this stage is gone")
 
 
 def _end_with(process: Any) -> None:
-    while process.is_running() and process.status() != "zombie":
-        time.sleep(0.5)
+    import psutil
+
+    with contextlib.suppress(psutil.Error):  # it may vanish between two questions
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -155,10 +162,17 @@ def _refuse_foreign_code() -> None:
         )
 
 
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether our own code raised it, so that its text was written for a person."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "")
+    return type(error) is ValueError and (module.partition(".")[0] in ("dit", "__main__"))
+
+
 def _disk_full(error: BaseException) -> str:
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
-        return f"the disk is full, nothing was changed: free some space and run again ({text})"
+        return f"the disk is full: free some space and run again; no half result was written, the last one is in DVC's cache (`dvc checkout`) ({text})"
     if getattr(error, "errno", None) == errno.EDQUOT:
-        return f"the disk quota is used up, nothing was changed: free some space and run again ({text})"
+        return f"the disk quota is used up: free some space and run again; no half result was written, the last one is in DVC's cache (`dvc checkout`) ({text})"
     return ""

@@ -5,7 +5,7 @@ last convolution averaged over space). Where there are no labels the classifier 
 shown instead. The extractor is registered with torch-fidelity under the name that metrics carry.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ class ReferenceConfig:
     """How the evaluator's two classifiers are fitted: one on training images, the judge on held-out ones."""
 
     max_steps: int = 600
-    batch_size: int = 64
+    global_batch_size: int = 64
     lr: float = 2e-3
-    max_shift: int = 2  # pixels, random at each look
+    max_shift_pixels: int = 2  # pixels, random at each look
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.max_shift < 0:
-            raise ValueError("max_steps, batch_size and lr must be above 0, max_shift at least 0")
+        if self.max_steps < 1 or self.global_batch_size < 1 or not self.lr > 0 or self.max_shift_pixels < 0:
+            raise ValueError("max_steps, global_batch_size and lr must be above 0, max_shift_pixels at least 0")
 
 
 class Classifier(nn.Module):
@@ -73,12 +73,12 @@ def fit_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.max_steps, pct_start=0.1)
     pixels, targets = to_channels_first(images), torch.from_numpy(labels)
     for _ in range(config.max_steps):
-        picked = torch.randint(len(pixels), (config.batch_size,), generator=draws)
+        picked = torch.randint(len(pixels), (config.global_batch_size,), generator=draws)
         shown, wanted = pixels[picked], targets[picked]
         if not num_classes:
             wanted = torch.randint(ROTATIONS, (len(shown),), generator=draws)
             shown = torch.stack([torch.rot90(x, int(k), (1, 2)) for x, k in zip(shown, wanted, strict=True)])
-        shift = torch.randint(-config.max_shift, config.max_shift + 1, (2,), generator=draws).tolist()
+        shift = torch.randint(-config.max_shift_pixels, config.max_shift_pixels + 1, (2,), generator=draws).tolist()
         # Smoothed labels keep the logits, and with them the hidden layer, from growing without end: distances in it
         # then say more about the images than about how long the classifier was fitted.
         loss = F.cross_entropy(classifier(shifted(shown, *shift))["logits"], wanted, label_smoothing=0.1)
@@ -104,7 +104,9 @@ def to_channels_first(images: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def extract(
-    classifier: Classifier, images: np.ndarray | Iterable[np.ndarray], layers: Sequence[str] = LAYERS
+    classifier: Callable[[Tensor], dict[str, Tensor]],
+    images: np.ndarray | Iterable[np.ndarray],
+    layers: Sequence[str] = LAYERS,
 ) -> dict[str, Tensor]:
     """Features of uint8 images (N, H, W, 3), or of batches of them, by layer: each (N, width) float64."""
     whole = isinstance(images, np.ndarray)
@@ -141,11 +143,15 @@ def statistics(features: Tensor) -> dict[str, np.ndarray]:
     return {"mu": values.mean(axis=0), "sigma": np.cov(values, rowvar=False)}
 
 
-def register_extractor(name: str, weights: Path) -> None:
-    """Make the classifier known to torch-fidelity, so that `calculate_metrics(feature_extractor=name)` finds it."""
+def registered_extractor(name: str, weights: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The classifier as torch-fidelity's feature extractor: uint8 (N, 3, S, S) -> features by layer.
+
+    It is in torch-fidelity's registry from then on, so that `calculate_metrics(feature_extractor=name)` finds it too.
+    """
     torchvision_cpu.prepare()
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+    from torch_fidelity.utils import create_feature_extractor
 
     class Extractor(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **_: Any):
@@ -170,3 +176,5 @@ def register_extractor(name: str, weights: Path) -> None:
 
     FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
     register_feature_extractor(name, Extractor)
+    extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False)
+    return lambda images: extractor.convert_features_tuple_to_dict(extractor(images))

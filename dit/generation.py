@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit import sampling
 from dit.checkpoint import Checkpoint
-from dit.diffusion import Diffusion, linear_betas, respace, space_timesteps
+from dit.diffusion import NUM_TIMESTEPS, Diffusion, linear_betas, respace, space_timesteps
 from dit.latents import require_autoencoder
 from dit.randomness import generator
 from dit.transport import velocity
@@ -64,8 +64,10 @@ def require_sampler(setting: Setting, objective: str, num_classes: int) -> None:
         raise ValueError(
             f"sample.settings {setting.name!r}: sampler {setting.sampler!r} does not fit objective {objective!r}: use {allowed}"
         )
-    if setting.sampler in SAMPLERS["diffusion"] and setting.num_steps > 1000:
-        raise ValueError(f"sample.settings {setting.name!r}: num_steps must be at most 1000, got {setting.num_steps}")
+    if setting.sampler in SAMPLERS["diffusion"] and not 2 <= setting.num_steps <= NUM_TIMESTEPS:
+        raise ValueError(
+            f"sample.settings {setting.name!r}: num_steps must be 2 to {NUM_TIMESTEPS} for {setting.sampler}, got {setting.num_steps}"
+        )
     if num_classes == 0 and setting.cfg_scale != 1:
         raise ValueError(
             f"sample.settings {setting.name!r}: an unconditional model has nothing to guide: set cfg_scale to 1"

@@ -33,8 +33,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def index_digest(index: dict[str, Any]) -> str:
-    """sha256 over what training sees: the shards' content, the scale, the classes."""
-    seen = [[s["split"], s["sha256"]] for s in index["shards"]]
+    """sha256 over what training sees: the training shards' content, the scale, the classes."""
+    seen = [s["sha256"] for s in index["shards"] if s["split"] == "train"]
     return hashlib.sha256(json.dumps([seen, index["normalization"], index["classes"]]).encode()).hexdigest()
 
 

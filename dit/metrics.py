@@ -16,7 +16,7 @@ import torch
 
 from dit import torchvision_cpu
 from dit.checkpoint import load_tensors
-from dit.features import extract, load_classifier, statistics
+from dit.features import extract, load_classifier, registered_extractor, statistics
 
 LOWER_IS_BETTER = ("fid", "kid")
 
@@ -74,7 +74,7 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
         raise ValueError(f"sample.num_images must be at least {least} for these metrics, got {len(images)}")
     known = Reference.load(reference)
     space, count = known.extractor, short_count(len(images))
-    features = extract(load_classifier(reference / "classifier.safetensors"), images)
+    features = extract(registered_extractor(space, reference / "classifier.safetensors"), images)
     real = load_tensors(reference / "features.safetensors")
     if not all(torch.isfinite(feature).all() for feature in features.values()):
         raise ValueError("the images' features are not finite: the classifier of artifacts/reference is broken")
@@ -96,7 +96,8 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
         features["hidden"],
         real["hidden"].double(),
         prc_neighborhood=evaluate.nearest_k,
-        prc_batch_size=10000,
+        prc_batch_size=2000,
+        save_cpu_ram=True,  # never the whole matrix of distances
         verbose=False,
     )
     result[f"precision_{space}_{count}"] = prc["precision"]

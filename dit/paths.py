@@ -1,5 +1,6 @@
 """Where things lie on disk, and how a result gets there: whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -36,8 +37,9 @@ class Paths:
 def publish(folder: Path, scratch: Path) -> Iterator[Path]:
     """Yield an empty folder under `scratch` that replaces `folder` when the block ends without an error.
 
-    The replacement is a rename, so whoever reads `folder` sees the old result or the new one. An error (a full
-    disk, an interruption) removes the unfinished folder and leaves `folder` as it was.
+    The replacement is by renaming, so `folder` holds the old result or the new one, or, between two renames, none;
+    never half of one. An error (a full disk, an interruption) removes the unfinished folder and leaves `folder` as it
+    was. `scratch` must be on the same disk.
     """
     (scratch / "publish").mkdir(parents=True, exist_ok=True)
     for abandoned in (scratch / "publish").glob(
@@ -52,9 +54,11 @@ def publish(folder: Path, scratch: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        replaced = unfinished.with_name(f"{unfinished.name}-replaced")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)
         unfinished.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -84,6 +88,12 @@ def write_atomic(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(file: Path) -> None:

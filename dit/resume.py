@@ -25,6 +25,11 @@ class Work:
     def __init__(self, folder: Path, notes: dict[str, Any], state: TrainingState | None):
         self.folder, self.notes, self.state = folder, notes, state
 
+    def take(self) -> TrainingState | None:
+        """The state, which is let go of here: some GB for a large model."""
+        state, self.state = self.state, None
+        return state
+
     def note(self, **notes: Any) -> None:
         """Add to work.json."""
         self.notes |= notes
@@ -38,7 +43,8 @@ def begin(paths: Paths, name: str, max_steps: int) -> Work:
     (it was killed in between). Otherwise it is set aside, and one line says how to continue it instead.
     """
     folder, code = paths.scratch / "train" / name, code_digest(paths)
-    if wanted := os.environ.get(CONTINUE):
+    wanted = os.environ.get(CONTINUE)
+    if wanted and _notes(folder).get("continued") != wanted:  # else it is back already, and was interrupted since
         _bring_back(paths.scratch / "train" / wanted, folder, code)
     notes = _notes(folder)
     if notes and notes["code"] != code:
@@ -120,19 +126,18 @@ def _bring_back(old: Path, folder: Path, code: str) -> None:
         if folder.exists():
             _set_aside(folder)
         old.rename(folder)
-    notes = _notes(folder)
+    notes = _notes(folder) | {"continued": old.name}
     if notes["code"] != code:
-        write_json(
-            folder / "work.json",
-            {**notes, "code": code, "earlier_code": [*notes.get("earlier_code", []), notes["code"]]},
-        )
+        notes |= {"code": code, "earlier_code": [*notes.get("earlier_code", []), notes["code"]]}
+    write_json(folder / "work.json", notes)
 
 
 def _set_aside(folder: Path) -> Path:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    return folder.rename(aside)
+    os.utime(aside_folder := folder.rename(aside))  # the newest now: it was just promised to a person
+    return aside_folder
 
 
 def _prune(trainings: Path, current: Path) -> None:

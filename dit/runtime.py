@@ -16,7 +16,7 @@ class RunConfig:
     num_threads: int = 1  # per process, on a CPU; 0 = as many as there are cores
     device_batch_size: int = 0  # images in one forward-backward pass; 0 = the whole global batch
     log_every_steps: int = 50
-    checkpoint_every_steps: int = 500
+    checkpoint_every_steps: int = 400
     keep_checkpoints: int = 2
     preview_every_steps: int = 0  # 0 = none but the last
     experiment: str = "dit"

@@ -56,7 +56,7 @@ def ancestral(model: Model, x: Tensor, diffusion: Diffusion, noise: Callable[[],
     """
     for step in reversed(range(diffusion.num_timesteps)):
         t = torch.full((len(x),), step, device=x.device)
-        output = model(x, diffusion.timestep_map[step].to(x.device)).float()
+        output = model(x, diffusion.original(t)[0]).float()
         mean, log_variance, _ = diffusion.p_mean_log_variance(output, x, t, clip)
         x = mean + (step != 0) * (0.5 * log_variance).exp() * noise()
     return x
@@ -66,13 +66,11 @@ def ddim(model: Model, x: Tensor, diffusion: Diffusion, clip: bool = False) -> T
     """DDIM's deterministic sampler (arXiv 2010.02502, equation 12 with eta = 0)."""
     for step in reversed(range(diffusion.num_timesteps)):
         t = torch.full((len(x),), step, device=x.device)
-        eps = model(x, diffusion.timestep_map[step].to(x.device)).float()[:, : x.shape[1]]
+        eps = model(x, diffusion.original(t)[0]).float()[:, : x.shape[1]]
         clean = diffusion.predict_x(x, t, eps)
         if clip:  # the noise that leads from the clipped prediction to x_t
             clean = clean.clamp(-1, 1)
-            eps = (x - diffusion.at(diffusion.alphas_bar.sqrt(), t) * clean) / diffusion.at(
-                (1 - diffusion.alphas_bar).sqrt(), t
-            )
-        previous = diffusion.at(diffusion.alphas_bar_prev, t)
+            eps = (x - diffusion.at("sqrt_alphas_bar", t) * clean) / diffusion.at("sqrt_one_minus_alphas_bar", t)
+        previous = diffusion.at("alphas_bar_prev", t)
         x = previous.sqrt() * clean + (1 - previous).sqrt() * eps
     return x

@@ -210,7 +210,7 @@ def stream_split(folder: Path, split: Split, most: int | None = None) -> Iterato
     """
     shards = [shard for shard in read_manifest(folder)["shards"] if shard["split"] == split]
     total = sum(shard["samples"] for shard in shards)
-    step = 1 if most is None else max(1, -(-total // most))
+    step = _step(total, most)
     passed = 0
     for shard in shards:
         yield from read_shard(folder / shard["file"], lambda position, passed=passed: (passed + position) % step == 0)
@@ -219,9 +219,14 @@ def stream_split(folder: Path, split: Split, most: int | None = None) -> Iterato
 
 def load_split(folder: Path, split: Split, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """A split (or `most` of it, taken evenly) in memory: images uint8 (N, H, W, 3), labels int64 (N,)."""
-    size = read_manifest(folder)["image_size"]
-    images, labels = [], []
-    for _, label, image in stream_split(folder, split, most):
-        images.append(image)
-        labels.append(label)
-    return np.stack(images) if images else np.empty((0, size, size, 3), np.uint8), np.array(labels, np.int64)
+    manifest = read_manifest(folder)
+    total = sum(shard["samples"] for shard in manifest["shards"] if shard["split"] == split)
+    count, side = -(-total // _step(total, most)), manifest["image_size"]
+    images, labels = np.empty((count, side, side, 3), np.uint8), np.empty(count, np.int64)
+    for index, (_, label, image) in enumerate(stream_split(folder, split, most)):
+        images[index], labels[index] = image, label
+    return images, labels
+
+
+def _step(total: int, most: int | None) -> int:
+    return 1 if most is None else max(1, -(-total // most))

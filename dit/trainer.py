@@ -59,6 +59,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.lr < 10:
             raise ValueError(f"lr must be above 0 and below 10, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
         for name in ("class_dropout_prob", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -112,6 +114,7 @@ def fit(
         step, rows = resume.step, list(resume.values["rows"])
         losses = list(resume.tensors["pending_losses"].to(device).unbind())
         _restore(resume, names, weights, averages, optimizer)
+        resume = None  # some GB for a large model, and all of it is in the optimizer now
 
     def state() -> TrainingState:
         _require_finite(losses, step, weights)
@@ -120,7 +123,9 @@ def fit(
             moments = optimizer.state[weight]
             tensors |= {f"model.{name}": weight, f"ema.{name}": average}
             tensors |= {f"exp_avg.{name}": moments["exp_avg"], f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
-        return TrainingState(step, {k: v.detach().cpu().clone() for k, v in tensors.items()}, {"rows": list(rows)})
+        return TrainingState(
+            step, {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}, {"rows": list(rows)}
+        )
 
     def average() -> DiT:
         copy = build(network_config(network)).to(device)
@@ -128,6 +133,7 @@ def fit(
         return copy.eval().requires_grad_(False)
 
     progress = Progress("train", (train.max_steps - step) * train.global_batch_size)
+    saved = None
     network.train()
     while step < train.max_steps:
         optimizer.param_groups[0]["lr"] = train.lr_at(step)
@@ -149,11 +155,13 @@ def fit(
             observe(step, average)
         stop = should_stop() and not last
         snapshot = train.snapshot_every_steps and step % train.snapshot_every_steps == 0
+        saved = None
         if step % run.checkpoint_every_steps == 0 or last or stop or snapshot:
-            save(state())
+            saved = state()
+            save(saved)
         if stop:
             break
-    return state()
+    return saved or state()
 
 
 def train_step(
@@ -227,19 +235,21 @@ _CHAIN = diffusion.Diffusion(diffusion.linear_betas())
 
 
 def _restore(state: TrainingState, names: Any, weights: Any, averages: Any, optimizer: torch.optim.Optimizer) -> None:
+    fused = optimizer.defaults["fused"]
     with torch.no_grad():
         for name, weight, average in zip(names, weights, averages, strict=True):
             weight.copy_(state.tensors[f"model.{name}"])
             average.copy_(state.tensors[f"ema.{name}"])
             optimizer.state[weight] = {
-                "step": torch.tensor(float(state.step), device=weight.device),
+                # a fused optimizer counts on the device; else a count there would be fetched for every parameter
+                "step": torch.tensor(float(state.step), device=weight.device if fused else "cpu"),
                 "exp_avg": state.tensors[f"exp_avg.{name}"].to(weight.device, copy=True),
                 "exp_avg_sq": state.tensors[f"exp_avg_sq.{name}"].to(weight.device, copy=True),
             }
 
 
 def _require_finite(losses: list[Tensor], step: int, weights: Sequence[Tensor] = ()) -> None:
-    bad = [i for i, loss in enumerate(losses) if not torch.isfinite(loss)]
+    bad = (~torch.isfinite(torch.stack(losses))).nonzero().flatten().tolist() if losses else []
     if not bad and all(torch.isfinite(weight).all() for weight in weights):
         return
     first = step - len(losses) + bad[0] + 1 if bad else step + 1  # infinite weights show in the next loss

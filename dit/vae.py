@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit import torchvision_cpu
+from dit.paths import file_sha256
 from dit.progress import Progress
 from dit.randomness import generator
 from dit.schedule import warmup_cosine
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-BATCH = 100  # images in one call of the network: a constant, since sums depend on the shape of the batch
+BATCH = 100  # images of 64 pixels or less in one call of the network
+
+
+def batch_of(side: int) -> int:
+    """Images of so many pixels in one call: a function of the size alone, since sums depend on the batch's shape."""
+    return max(1, min(BATCH, BATCH * 64 * 64 // (side * side)))
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,14 @@ class VaeConfig:
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 8
-    max_steps: int = 480
-    batch_size: int = 16
+    max_steps: int = 640
+    global_batch_size: int = 16
     lr: float = 8e-3
     kl_weight: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("layers_per_block", "latent_channels", "norm_num_groups", "max_steps", "batch_size"):
+        for name in ("layers_per_block", "latent_channels", "norm_num_groups", "max_steps", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.block_out_channels or any(c < 1 or c % self.norm_num_groups for c in self.block_out_channels):
@@ -97,12 +103,14 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 images (N, S, S, 3) from raw latents (N, C, h, w), on the CPU."""
-        parts = [self.network.decode(part.to(self.network.device)).sample for part in latents.split(BATCH)]
+        size = batch_of(latents.shape[-1] * self.factor)
+        parts = [self.network.decode(part.to(self.network.device)).sample for part in latents.split(size)]
         return to_images(torch.cat(parts))
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """What the posterior's mean decodes to: the best that any model on these latents can look like."""
-        parts = [self.decode(self.moments(images[i : i + BATCH])[0]).numpy() for i in range(0, len(images), BATCH)]
+        size = batch_of(images.shape[1])
+        parts = [self.decode(self.moments(images[i : i + size])[0]).numpy() for i in range(0, len(images), size)]
         return np.concatenate(parts)
 
 
@@ -125,11 +133,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def digest_of(folder: Path) -> str:
     """sha256 over what decides the network: its configuration (the library's own notes apart) and its weights."""
     config = {k: v for k, v in json.loads((folder / CONFIG).read_text()).items() if not k.startswith("_")}
-    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    with open(folder / WEIGHTS, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
+    content = json.dumps(config, sort_keys=True) + file_sha256(folder / WEIGHTS)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def fit(images: np.ndarray, config: VaeConfig, device: torch.device) -> "AutoencoderKL":
@@ -153,7 +158,7 @@ def fit(images: np.ndarray, config: VaeConfig, device: torch.device) -> "Autoenc
     progress = Progress("vae", config.max_steps, "steps")
     for step in range(config.max_steps):
         draws = generator(config.seed, "vae step", step)
-        picked = torch.randint(len(images), (config.batch_size,), generator=draws)
+        picked = torch.randint(len(images), (config.global_batch_size,), generator=draws)
         pixels = to_pixels(images[picked.numpy()]).to(device)
         posterior = network.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draws).to(device)
@@ -204,7 +209,8 @@ def _download(hub_id: str) -> Path:
 
 def _latent_std(autoencoder: Autoencoder, images: np.ndarray, seed: int) -> float:
     samples = []
-    for start in range(0, min(len(images), 2000), BATCH):
-        mean, std = autoencoder.moments(images[start : start + BATCH])
+    size = batch_of(images.shape[1])
+    for start in range(0, min(len(images), 2000), size):
+        mean, std = autoencoder.moments(images[start : start + size])
         samples.append(mean + std * torch.randn(mean.shape, generator=generator(seed, "vae scale", start)))
     return torch.cat(samples).std().item()

@@ -82,7 +82,7 @@ def outcome(folder):
             "full",
             1,
             "failed",
-            "toy: the disk is full, nothing was changed: free some space and run again ([Errno 28] No space left on device)\n",
+            "toy: the disk is full: free some space and run again; no half result was written, the last one is in DVC's cache (`dvc checkout`) ([Errno 28] No space left on device)\n",
         ),
     ],
 )

@@ -11,13 +11,13 @@ from dit.features import (
     extract,
     fit_classifier,
     load_classifier,
-    register_extractor,
+    registered_extractor,
     save_classifier,
     shifted,
     statistics,
 )
 
-QUICK = ReferenceConfig(max_steps=60, batch_size=32)
+QUICK = ReferenceConfig(max_steps=60, global_batch_size=32)
 
 
 def bars(count, seed=0):
@@ -105,7 +105,7 @@ def test_torch_fidelity_finds_the_extractor_and_agrees(tmp_path, classifier):
     write_reference(tmp_path, images, labels, *bars(100, seed=3), [images[:150], images[150:]], told, QUICK)
     settings = EvaluateConfig(kid_subset_size=50, kid_subsets=10)
     ours = score(others, other_labels, tmp_path, settings)
-    register_extractor("bars_classifier", tmp_path / "classifier.safetensors")
+    registered_extractor("bars_classifier", tmp_path / "classifier.safetensors")
     torchvision_cpu.prepare()
     import torch_fidelity
 

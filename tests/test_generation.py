@@ -68,8 +68,10 @@ def test_settings_that_do_not_fit_the_model_are_refused():
         require_sampler(EULER, "diffusion", 10)
     with pytest.raises(ValueError, match="an unconditional model has nothing to guide"):
         require_sampler(Setting("s", 1.5, "euler", 3), "transport", 0)
-    with pytest.raises(ValueError, match="num_steps must be at most 1000"):
+    with pytest.raises(ValueError, match="num_steps must be 2 to 1000 for ddpm, got 1001"):
         require_sampler(Setting("s", 1.5, "ddpm", 1001), "diffusion", 3)
+    with pytest.raises(ValueError, match="num_steps must be 2 to 1000 for ddim, got 1"):
+        require_sampler(Setting("s", 1.0, "ddim", 1), "diffusion", 3)
     with pytest.raises(ValueError, match="name must be letters"):
         Setting("../x", 1.0, "euler", 3)
     with pytest.raises(ValueError, match="each with a name of its own"):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dit.progress import Progress
 from dit.runtime import RunConfig
 from dit.shards import read_manifest, read_shard
 from dit.sources import DataConfig
-from dit.vae import BATCH, Autoencoder
+from dit.vae import Autoencoder, batch_of
 
 FORMAT = 1  # raise it when the content of a latent shard changes for the same inputs
 
@@ -106,8 +107,9 @@ def describe(
 
 
 def digest_of(shard: str, autoencoder: str, device: str, mirror: bool) -> str:
-    """The name of one shard's result. The device's kind is part of it: kinds differ in the last bits."""
-    return hashlib.sha256(json.dumps([FORMAT, shard, autoencoder, device, mirror]).encode()).hexdigest()
+    """The name of one shard's result. Device and libraries are part of it: they differ in the last bits."""
+    machine = [device, torch.__version__, version("diffusers")]
+    return hashlib.sha256(json.dumps([FORMAT, shard, autoencoder, mirror, *machine]).encode()).hexdigest()
 
 
 def _batches(source: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -115,7 +117,7 @@ def _batches(source: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for _, label, image in read_shard(source):
         images.append(image)
         labels.append(label)
-        if len(images) == BATCH:
+        if len(images) == batch_of(image.shape[0]):
             yield np.stack(images), np.array(labels)
             images, labels = [], []
     if images:

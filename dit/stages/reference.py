@@ -5,6 +5,7 @@ images alone: the generator never saw what taught it.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from dit import entry, runtime
 from dit.checkpoint import save_tensors
 from dit.features import BATCH, ReferenceConfig, accuracy, extract, fit_classifier, save_classifier, statistics
-from dit.paths import Paths, publish, write_json
+from dit.paths import Paths, file_sha256, publish, write_json
 from dit.runtime import RunConfig
 from dit.shards import load_split, read_manifest, stream_split
 from dit.sources import DataConfig
@@ -90,10 +91,8 @@ def batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _digest(folder: Path) -> str:
-    sha = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        sha.update(file.name.encode() + file.read_bytes())
-    return sha.hexdigest()
+    content = [[file.name, file_sha256(file)] for file in sorted(folder.iterdir())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def report(*, paths: Paths) -> None:
         "<h2>Lineage</h2>",
         lineage(told),
         "<h2>Settings</h2>",
-        f"<pre>{html.escape(paths.params.read_text())}</pre>",
+        settings(checkpoint),
     ]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     with publish(at / "report", paths.scratch) as folder:
@@ -144,6 +144,13 @@ def lineage(told: dict[str, Any]) -> str:
     }
     cells = (f"<tr><td>{html.escape(k)}</td><td><code>{html.escape(str(v))}</code></td></tr>" for k, v in rows.items())
     return f"<table>{''.join(cells)}</table>"
+
+
+def settings(checkpoint: dict[str, Any]) -> str:
+    """What the checkpoint was made with, as it says itself: params.yaml may have changed since."""
+    told = {part: checkpoint[part] for part in ("model", "objective", "training")}
+    lines = [f"{part}.{name}: {json.dumps(value)}" for part, values in told.items() for name, value in values.items()]
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
 def _cell(value: float | None) -> str:

@@ -46,6 +46,8 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
         run_id=work.notes.get("mlflow_run_id"),
     ) as mirror:
         work.note(mlflow_run_id=mirror.id or work.notes.get("mlflow_run_id"), tracking_uri=mirror.tracking_uri)
+        state = work.take()
+        done = state.step if state else 0
         with entry.deferred_interrupts() as should_stop:
             state = fit(
                 network,
@@ -53,8 +55,8 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
                 objective,
                 train,
                 run,
-                resume=work.state,
-                log=with_speed(mirror.log, run.log_every_steps * train.global_batch_size),
+                resume=state,
+                log=with_speed(mirror.log, train.global_batch_size, done),
                 save=lambda state: keep(work.folder, state, train, run),
                 observe=previews(paths, work.folder / "previews", config, mirror.image),
                 should_stop=should_stop,
@@ -112,15 +114,18 @@ def export(folder: Path, work: resume.Work, state: TrainingState, network: DiT, 
     write_json(folder / "run.json", {**notes, "python": platform.python_version(), **machine})
 
 
-def with_speed(log: Callable[[int, dict[str, float]], None], images: int) -> Callable[[int, dict[str, float]], None]:
+def with_speed(
+    log: Callable[[int, dict[str, float]], None], global_batch_size: int, last_step: int
+) -> Callable[[int, dict[str, float]], None]:
     """`log` with images per second since the last call added."""
-    last = time.monotonic()
+    last_time = time.monotonic()
 
     def logged(step: int, values: dict[str, float]) -> None:
-        nonlocal last
+        nonlocal last_step, last_time
         now = time.monotonic()
-        log(step, {**values, "images_per_second": images / max(now - last, 1e-9)})
-        last = now
+        speed = (step - last_step) * global_batch_size / max(now - last_time, 1e-9)
+        log(step, {**values, "images_per_second": speed})
+        last_step, last_time = step, now
 
     return logged
 
