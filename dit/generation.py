@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit import sampling
-from dit.checkpoint import Checkpoint
+from dit.checkpoint import Checkpoint, load_tensors, save_tensors
 from dit.diffusion import NUM_TIMESTEPS, Diffusion, linear_betas, respace, space_timesteps
 from dit.latents import require_autoencoder
 from dit.randomness import generator
@@ -139,13 +140,25 @@ def generate_blocks(
     config: SampleConfig,
     *,
     progress: Callable[[int], None] = lambda count: None,
+    keep: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All images that `config` asks for, uint8 (N, H, W, 3), and their labels (N,), block by block of indices."""
-    images, labels = [], []
-    for start in range(0, config.num_images, config.block_images):
-        indices = range(start, min(start + config.block_images, config.num_images))
+    """All images that `config` asks for, uint8 (N, H, W, 3), and their labels (N,), block by block of indices.
+
+    With a folder `keep`, each block is kept there as soon as it is drawn, and one that is there already is taken: the
+    folder's name must tell model, autoencoder, setting and `config` apart from any others.
+    """
+    N, side = config.num_images, checkpoint.config["image_size"]
+    images, labels = np.empty((N, side, side, 3), np.uint8), np.empty(N, np.int64)
+    for start in range(0, N, config.block_images):
+        indices = range(start, min(start + config.block_images, N))
         wanted = draw_labels(config.labels, checkpoint.model.num_classes, config.seed, indices)
-        images.append(generate(checkpoint, autoencoder, setting, wanted, indices, seed=config.seed).numpy())
-        labels.append(wanted.numpy())
+        labels[start : indices.stop] = wanted.numpy()
+        kept = keep / f"block-{start:08d}.safetensors" if keep else None
+        block = load_tensors(kept)["images"] if kept and kept.exists() else []
+        if len(block) != len(indices):
+            block = generate(checkpoint, autoencoder, setting, wanted, indices, seed=config.seed)
+            if kept:
+                save_tensors(kept, {"images": block})
+        images[start : indices.stop] = block.numpy()
         progress(len(indices))
-    return np.concatenate(images), np.concatenate(labels)
+    return images, labels

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from flows import leash as leashes
+
 LAST_LINES = 15
 PROGRESS_EVERY_SECONDS = 10.0
-# The leash needs at most 25 s to end a stage; Prefect kills the flow after 30.
-DRAIN_SECONDS = 27.0
+# A leash that has sent its last signal needs no more than this to end; it is killed then.
+DRAIN_SECONDS = 2.0
 _ADVICE = (
     *("To track the changes with git, run:", "To enable auto staging, run:", "Use `dvc push` to send your updates"),
     *("\tgit add ", "\tdvc config core.autostage"),
@@ -82,7 +84,9 @@ def run_stage(
 
     An exception that arrives meanwhile (KeyboardInterrupt, Prefect's TerminationSignal) first ends the stage, which
     may save, and goes on once all its processes are gone. If this process is killed, they end too (see `leash`).
+    Raises ValueError where DIT_SAVE_SECONDS is no number.
     """
+    patience = leashes.save_seconds() + leashes.KILL_SECONDS + DRAIN_SECONDS
     words = ["repro", "--single-item", *(["--force"] if force else []), name]
     started, clock = time.time(), time.monotonic()
     last: deque[str] = deque(maxlen=LAST_LINES)
@@ -107,7 +111,7 @@ def run_stage(
             code = leash.wait()
         except BaseException:
             leash.stdin.close()
-            _drain(leash, on_line)
+            _drain(leash, on_line, patience)
             raise
     outcome = _outcome(root, name, since=started)
     seconds = time.monotonic() - clock
@@ -189,11 +193,11 @@ def _chunks(source: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: os.read(source.fileno(), 65536), b"")
 
 
-def _drain(leash: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
+def _drain(leash: subprocess.Popen[bytes], on_line: Callable[[str], None], seconds: float) -> None:
     """Pass on what an ending stage still says; kill the leash only if it doesn't end in time."""
     import threading
 
-    late = threading.Timer(DRAIN_SECONDS, leash.kill)
+    late = threading.Timer(seconds, leash.kill)
     late.start()
     try:
         assert leash.stdout

@@ -11,7 +11,11 @@ or because it was killed in whatever way, the leash ends everything below it: SI
 session doesn't hide a process. Were the leash itself killed, the kernel kills DVC, and the stage's own watch on DVC
 does the rest.
 
-`python leash.py COMMAND...` exits with the command's status (128 + n for signal n).
+DIT_SAVE_SECONDS is the time from the SIGINT to the SIGKILL, 23 unless set. A large state needs more: give it to
+whatever starts the flow (`DIT_SAVE_SECONDS=300 make up`, or before `python -m flows.train_dit`). Prefect ends a
+cancelled flow's own process after 30 s all the same; the leash and the stage go on saving, and the next flow waits.
+
+`python leash.py COMMAND...` exits with the command's status (128 + n for signal n), with 2 if it can't start it.
 """
 
 import ctypes
@@ -22,17 +26,39 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import BinaryIO
 
-# Prefect kills a cancelled flow after 30 s. These end before that, and leave the flow the time to report.
-ESCALATION = ((signal.SIGINT, 18.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0))
-AFTER_SUCCESS = ((signal.SIGTERM, 3.0), (signal.SIGKILL, 2.0))
+Escalation = tuple[tuple[signal.Signals, float], ...]
+SAVE_VARIABLE = "DIT_SAVE_SECONDS"
+# Prefect kills a cancelled flow after 30 s. This ends before that, and leaves the flow the time to report.
+SAVE_SECONDS = 23.0
+KILL_SECONDS = 2.0
+AFTER_SUCCESS: Escalation = ((signal.SIGTERM, 3.0), (signal.SIGKILL, KILL_SECONDS))
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def save_seconds(environment: Mapping[str, str] = os.environ) -> float:
+    """How long a stage that is asked to stop may save, in seconds. Raises ValueError where the variable is no number."""
+    text = environment.get(SAVE_VARIABLE, "")
+    try:
+        seconds = float(text or SAVE_SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= threading.TIMEOUT_MAX / 2:  # neither NaN nor what no timer takes
+        raise ValueError(f"{SAVE_VARIABLE} must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+def escalation(save: float) -> Escalation:
+    """The signals and the seconds after each: SIGKILL `save` seconds after SIGINT, SIGTERM (at most) 5 before it."""
+    last = min(5.0, save / 2)
+    return (signal.SIGINT, save - last), (signal.SIGTERM, last), (signal.SIGKILL, KILL_SECONDS)
 
 
 def main(command: list[str]) -> int:
     """Run `command` until it ends or standard input closes; returns the exit status for this process."""
+    steps = escalation(save_seconds())
     # Loaded before the fork: between fork and exec nothing may be imported or locked.
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     if prctl:
@@ -57,10 +83,10 @@ def main(command: list[str]) -> int:
     relay.start()
     while (status := _reap(child.pid)) is None:
         if _asked_to_stop(wake):
-            status = end_descendants(ESCALATION, child.pid)
+            status = end_descendants(steps, child.pid)
             break
     child.returncode = status  # reaped here and not by Popen
-    _end_left_behind(child.pid, AFTER_SUCCESS if status == 0 else ESCALATION)
+    _end_left_behind(child.pid, AFTER_SUCCESS if status == 0 else steps)
     relay.join(timeout=5)
     return status if status is not None and status >= 0 else 128 - (status or 0)
 
@@ -79,14 +105,17 @@ def _relay(source: BinaryIO) -> None:
                 read = False
 
 
-def end_descendants(escalation: tuple[tuple[signal.Signals, float], ...], command: int) -> int | None:
+def end_descendants(steps: Escalation, command: int) -> int | None:
     """End every process below this one; returns the exit status of `command` (the leader of a group) if it ended now.
 
     Each step sends its signal once to the command's process group and once to every descendant outside of it (never
     twice to one process: a second SIGINT would break off the save that the first one started), then waits.
     """
-    status = None
-    for number, seconds in escalation:
+    status, waited = None, 0.0
+    for number, seconds in steps:
+        if waited and (left := descendants()):
+            more = f"; {SAVE_VARIABLE} gives more time to save" if number == signal.SIGKILL else ""
+            _say(f"{len(left)} process(es) still run after {waited:g} s and get {number.name}{more}")
         outside = [process for process in descendants() if _group_of(process) != command]
         _signal(os.killpg, command, number)
         for process in outside:
@@ -99,6 +128,7 @@ def end_descendants(escalation: tuple[tuple[signal.Signals, float], ...], comman
             if not running:
                 return status
             time.sleep(0.05)
+        waited += seconds
     return status
 
 
@@ -116,13 +146,13 @@ def descendants() -> list[int]:
     return running
 
 
-def _end_left_behind(command: int, escalation: tuple[tuple[signal.Signals, float], ...]) -> None:
+def _end_left_behind(command: int, steps: Escalation) -> None:
     """End what runs on without the command: of a DVC that was killed, the stage, which may want to save."""
     deadline = time.monotonic() + 1
     while left := descendants():
         if time.monotonic() > deadline:
             _say(f"ending {len(left)} process(es) that the command left behind: {left}")
-            end_descendants(escalation, command)
+            end_descendants(steps, command)
             return
         _reap(0)
         time.sleep(0.02)
@@ -183,4 +213,8 @@ def _signal(send: Callable[[int, int], None], target: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"leash: {error}", file=sys.stderr)
+        sys.exit(2)

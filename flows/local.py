@@ -1,6 +1,7 @@
 """`python -m flows.local up | down | status`: servers, deployments and a worker on this machine, for this checkout.
 
-PREFECT_PORT and MLFLOW_PORT choose other ports than 4200 and 5000. Logs are in `scratch/local`. While the servers run,
+PREFECT_PORT and MLFLOW_PORT choose other ports than 4200 and 5000. DIT_SAVE_SECONDS, given to `up`, is how long a
+stage that is ended may save (see `leash`). Logs are in `scratch/local`. While the servers run,
 a `prefect.toml` in the checkout points `prefect` commands typed in this folder at them.
 """
 
@@ -21,12 +22,12 @@ from typing import Any
 
 import psutil
 
-from flows import servers, services, turns
+from flows import leash, servers, services, turns
 from flows.services import Service
 
 POOLS = {"local": "runs on this machine, one at a time", "gpu": "runs that need a GPU"}
 WORKERS = tuple(f"worker-{pool}" for pool in POOLS)
-END_FLOWS_SECONDS = 32.0  # a stage gets 25 to save, see `leash`
+END_FLOW_SECONDS = 9.0  # what a flow needs to end beyond its stage's time to save
 _RUN_ID = "PREFECT__FLOW_RUN_ID"
 
 
@@ -37,6 +38,7 @@ def up(root: Path, say: Callable[[str], None] = print) -> None:
     """
     if not (root / "prefect.yaml").exists():
         raise ValueError(f"no prefect.yaml in {root.resolve()}: run in the project's folder")
+    leash.save_seconds()  # a worker hands it to its flows: refused here, not there
     began, folder = time.monotonic(), servers.folder_of(root)
     with turns.turn(folder, "lock", "another `up` or `down`", say):
         started: list[Service] = []
@@ -187,11 +189,12 @@ def _parent(pid: int) -> int | None:
 def _end_flows(folder: Path, say: Callable[[str], None]) -> int:
     """End the flows and whatever they started; a stage may save. Returns how many there were."""
     if flows := _flows(folder):
-        say(f"ending {len(flows)} running flow(s): a stage may save, up to 30 s")
+        below = {pid: its for pid, its in services.marked(folder).items() if _RUN_ID in its}
+        patience = max(map(leash.save_seconds, below.values()), default=0.0)
+        say(f"ending {len(flows)} running flow(s): a stage may save, up to {patience:g} s")
         # The flows alone: each ends what is below it in the right order.
         services.signal_each(flows, signal.SIGTERM)
-        below = [pid for pid, environment in services.marked(folder).items() if _RUN_ID in environment]
-        services.signal_each(services.wait_gone(below, END_FLOWS_SECONDS), signal.SIGKILL)
+        services.signal_each(services.wait_gone(list(below), patience + END_FLOW_SECONDS), signal.SIGKILL)
     return len(flows)
 
 

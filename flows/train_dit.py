@@ -19,7 +19,7 @@ from prefect.states import Completed, Failed, State
 
 from dit import presets
 from dit.config import read_params
-from flows import dag, summary, turns
+from flows import dag, leash, summary, turns
 
 
 def run_name() -> str:
@@ -63,10 +63,12 @@ def train_dit(preset: str | None = None, force: list[str] | None = None) -> Stat
     log = get_run_logger()
     root = Path.cwd()
     with turns.turn(root / "scratch" / "lock", "flow", f"train-dit run {flow_run.name!r}", log.info) as hold:
+        try:
+            stages = plan(root, preset, force or [])
+        except ValueError as error:
+            return Failed(message=str(error))  # raised, it would be told with a traceback
         if preset:
             _apply(preset, root)
-        stages = dag.stages(root)
-        _check(stages, force or [], root)
         log.info("%d stages: %s", len(stages), ", ".join(stages))
         states: dict[str, State] = {}
         for name, needs in stages.items():
@@ -85,6 +87,28 @@ def train_dit(preset: str | None = None, force: list[str] | None = None) -> Stat
         return Completed(message=f"{len(states)} stages, {cached} of them cached")
 
 
+def plan(root: Path, preset: str | None, force: list[str]) -> dict[str, tuple[str, ...]]:
+    """The stages to walk; changes nothing. Raises ValueError where preset, params.yaml, force or dvc.yaml are wrong."""
+    refuse(root, preset)
+    stages = dag.stages(root)
+    if not stages:
+        raise ValueError(f"{root / 'dvc.yaml'} has no stages: run in the project's folder")
+    if unknown := [name for name in force if name not in stages]:
+        raise ValueError(f"force: no stage {', '.join(unknown)} in dvc.yaml: choose among {', '.join(stages)}")
+    return stages
+
+
+def refuse(root: Path, preset: str | None) -> None:
+    """Raise ValueError for what can be seen to be wrong without asking DVC."""
+    leash.save_seconds()
+    if not (root / "dvc.yaml").exists():
+        raise ValueError(f"no dvc.yaml in {root}: run in the project's folder")
+    if preset:
+        presets.resolve(preset, root / "presets")
+    if not preset or (root / "params.yaml").exists():
+        read_params(root / "params.yaml")
+
+
 def _apply(preset: str, root: Path) -> None:
     log, params = get_run_logger(), root / "params.yaml"
     before = params.read_bytes() if params.exists() else None
@@ -92,19 +116,12 @@ def _apply(preset: str, root: Path) -> None:
         log.info("params.yaml holds preset %s already", preset)
         return
     if before is not None:
-        kept = root / "scratch" / f"params.before-{Path(preset).stem}.yaml"
+        kept = root / "scratch" / f"params.before-{Path(preset).stem}.{datetime.now():%Y%m%d-%H%M%S}.yaml"
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(before)
         log.info("the params.yaml so far is kept as %s", kept.relative_to(root))
     presets.apply(preset, params)
     log.info("preset %s put into params.yaml:\n%s", preset, difference)
-
-
-def _check(stages: dict[str, tuple[str, ...]], force: list[str], root: Path) -> None:
-    if not stages:
-        raise ValueError(f"{root / 'dvc.yaml'} has no stages: run in the project's folder")
-    if unknown := [name for name in force if name not in stages]:
-        raise ValueError(f"force: no stage {', '.join(unknown)} in dvc.yaml: choose among {', '.join(stages)}")
 
 
 def _preset_in_params() -> str:
@@ -126,10 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run it although nothing changed")
     chosen = parser.parse_args(arguments)
     try:
-        if not Path("dvc.yaml").exists():
-            raise ValueError(f"no dvc.yaml in {Path.cwd()}: run in the project's folder")
-        if chosen.preset:
-            presets.resolve(chosen.preset)
+        # Before a server is started; the flow asks again, when it has waited for its turn.
+        if chosen.force:
+            plan(Path.cwd(), chosen.preset, chosen.force)
+        else:  # without a question to DVC, which takes a second
+            refuse(Path.cwd(), chosen.preset)
         os.environ.update(servers.for_this_process(Path.cwd(), get_current_settings().api.url))
     except ValueError as error:
         print(f"train-dit: {error}", file=sys.stderr)

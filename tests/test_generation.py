@@ -46,6 +46,26 @@ def test_blocks_are_bit_identical_however_they_are_spread(model):
     assert np.array_equal(images[4:8], second.numpy())
 
 
+def test_kept_blocks_are_taken_and_give_the_same_images(model, tmp_path):
+    checkpoint, autoencoder = model
+    config = SampleConfig(10, 0, "balanced", 4, (setting(checkpoint),))
+    whole, _ = generate_blocks(checkpoint, autoencoder, setting(checkpoint), config)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(count):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        generate_blocks(checkpoint, autoencoder, setting(checkpoint), config, keep=tmp_path / "k", progress=stop)
+    [kept] = (tmp_path / "k").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    again, _ = generate_blocks(checkpoint, autoencoder, setting(checkpoint), config, keep=tmp_path / "k")
+    assert np.array_equal(again, whole) and kept.stat().st_mtime_ns == stamp
+    assert len(list((tmp_path / "k").iterdir())) == 3
+
+
 def test_every_sampler_draws_something_finite(model):
     checkpoint, autoencoder = model
     for sampler in {"transport": ("euler", "heun"), "diffusion": ("ddpm", "ddim")}[

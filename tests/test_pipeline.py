@@ -48,6 +48,7 @@ def test_everything_is_there_and_in_one_mlflow_run(finished):
     assert {"loss", "lr", "images_per_second"} <= set(told.data.metrics)
     assert told.data.params["train.max_steps"] == "12" and told.inputs.dataset_inputs
     assert client.get_model_version_by_alias("dit-digits", "champion").run_id == run["mlflow_run_id"]
+    assert [file.name for file in (finished / "scratch" / "train").glob("*/previews/*.png")] == ["step-00000012.png"]
     page = (finished / "artifacts" / "report" / "index.html").read_text()
     assert (
         page.count("data:image/png;base64,") == 3
@@ -178,6 +179,7 @@ def test_killed_while_training_and_run_again_equals_uninterrupted(copy, victim, 
 
     until(ended, 120)
     assert again.returncode == 0, again.stdout.read().decode()
+    assert max(counts) == 1, "two trainers at a time"
     assert b"going on at step" in again.stdout.read()
     repro(whole, "train")
     for name in ("model.safetensors", "ema/step-00001500.safetensors", "loss.csv"):
@@ -233,9 +235,17 @@ def test_forced_it_trains_afresh(copy):
         ("patch_size: 2 ", "patch_size: 3 ", "dit: model.patch_size: 3 does not divide the latent side 8"),
         ("source: digits ", "source: nowhere/at/all ", "data.source: "),
         ("num_classes: 10 ", "num_classes: 9 ", "data.num_classes"),
+        ("source: digits ", "source: EMPTY ", "data.source: "),
+        ("source: digits ", "source: ONE ", "data.labels: "),
     ],
 )
-def test_bad_input_is_one_line_and_touches_no_artifact(finished, old, new, line):
+def test_bad_input_is_one_line_and_touches_no_artifact(finished, tmp_path, old, new, line):
+    from PIL import Image
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    Image.new("L", (20, 20)).save(tmp_path / "one" / "cat" / "a.png")
+    new = new.replace("EMPTY", str(tmp_path / "empty")).replace("ONE", str(tmp_path / "one"))
     params, before = finished / "params.yaml", (finished / "params.yaml").read_text()
     assert old in before
     files = {path: path.stat().st_mtime_ns for path in (finished / "artifacts").rglob("*")}
@@ -250,6 +260,53 @@ def test_bad_input_is_one_line_and_touches_no_artifact(finished, old, new, line)
         params.write_text(before)
     assert {path: path.stat().st_mtime_ns for path in (finished / "artifacts").rglob("*")} == files
     assert (finished / "dvc.lock").read_bytes() == lock
+
+
+def test_a_full_disk_in_encode_is_one_line_and_leaves_nothing_half(finished, tmp_path):
+    """On a small file system of its own."""
+    place = tmp_path / "small"
+    place.mkdir()
+    kept = sum(file.stat().st_size for file in finished.rglob("*") if file.is_file() and not file.is_symlink())
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kept // 1024 + 8000}k", "tmpfs", place], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        folder = shutil.copytree(finished, place / "copy", symlinks=True)
+        params = (folder / "params.yaml").read_text()
+        (folder / "params.yaml").write_text(params.replace("mirror: false", "mirror: true"))
+        repro(folder, "shard")
+        (folder / "filler").write_bytes(bytes(max(0, shutil.disk_usage(place).free - 300_000)))
+        printed = repro(folder, "-s", "encode", code=255)
+        said = [text for text in printed.splitlines() if text.startswith("encode: ")]
+        assert [text for text in said if "the disk is full: free some space and run again" in text], printed
+        assert "Traceback" not in printed and not (folder / "artifacts" / "encode").exists()
+        assert not list((folder / "scratch" / "publish").iterdir())
+        (folder / "filler").unlink()
+        assert "encode" in ran(repro(folder, "-s", "encode"))
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_without_git_nothing_is_begun(finished, tmp_path):
+    folder = tmp_path / "nogit"
+    folder.mkdir()
+    for name in ("Makefile", "params.yaml", "dvc.yaml", "requirements.lock", "pyproject.toml"):
+        shutil.copy(finished / name, folder / name)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".installed").touch()
+    done = subprocess.run(
+        ["make", "repro"],
+        cwd=folder,
+        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[0].startswith(
+        "make repro: this folder is in no git repository"
+    )
+    assert not (folder / "artifacts").exists()
 
 
 @pytest.mark.slow

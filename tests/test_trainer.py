@@ -129,6 +129,7 @@ def test_an_infinite_loss_stops_with_its_step_and_saves_nothing(latents):
     ) as caught:
         train(latents, settings(lr=9.9, betas=(0.0, 0.0), max_steps=400, warmup_steps=0), save=saved.append)
     assert "\n" not in str(caught.value)
+    assert saved
     weights = [t for state in saved for name, t in state.tensors.items() if name.startswith(("model.", "ema."))]
     assert all(torch.isfinite(weight).all() for weight in weights)
 

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from dit.progress import Progress, clock
+from dit.randomness import generator, permutation
+from dit.runtime import RunConfig, autocast, pick_device, start
+from dit.schedule import warmup_cosine
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert pick_device("cpu").type == "cpu" and start(RunConfig(device="cpu")).type == "cpu"
+    missing = "mps" if not torch.backends.mps.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"run.device: this machine has no '{missing}': use auto or cpu"):
+        pick_device(missing)
+
+
+def test_threads_are_as_asked_for():
+    before = torch.get_num_threads()
+    try:
+        start(RunConfig(device="cpu", num_threads=2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bf16_is_used_only_where_asked_for():
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(torch.device("cpu"), precision):
+            assert layer(x).dtype == dtype
+
+
+@pytest.mark.parametrize("change", [{"log_every_steps": 0}, {"num_threads": -1}, {"keep_checkpoints": 0}])
+def test_bad_settings_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        RunConfig(**change)
+
+
+def test_randomness_is_named_and_has_no_history():
+    def draw(*parts):
+        return torch.rand(4, generator=generator(*parts)).tolist()
+
+    first = draw(0, "step", 1)
+    torch.rand(100)
+    assert draw(0, "step", 1) == first
+    others = [draw(0, "step", 2), draw(1, "step", 1), draw(0, "data order", 1), draw(0, "step", 11)]
+    assert len({tuple(values) for values in [first, *others]}) == 5
+    assert sorted(permutation(50, 0, "x").tolist()) == list(range(50))
+
+
+def test_the_rate_goes_up_in_a_line_and_down_along_a_cosine():
+    factors = [warmup_cosine(step, 100, 10) for step in range(101)]
+    assert factors[:3] == pytest.approx([0.1, 0.2, 0.3]) and max(factors) == factors[10] == 1
+    assert factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
+
+
+def test_progress_says_rate_and_what_is_left():
+    said = []
+    progress = Progress("work", 10, "steps", every_seconds=0, say=said.append)
+    progress(4, " (more)")
+    progress(6)
+    assert said[0].startswith("work: 4/10 steps, ") and said[0].endswith("left (more)") and "steps/s" in said[0]
+    assert said[1].startswith("work: 10/10 steps, ") and said[1].endswith("0s left")
+    quiet = Progress("work", 10, every_seconds=1000, say=said.append)
+    quiet(1)
+    assert len(said) == 2
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 42, 185, 7620, 273600)] == ["0s", "42s", "3m05s", "2h07m", "3d04h"]
