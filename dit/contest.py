@@ -4,9 +4,9 @@ Two models are compared on equal terms only: the same metric, extractor, referen
 sampling. Where a model was scored on others, it draws again and is scored again.
 """
 
-import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from dit.config import digest
 from dit.generation import SAMPLERS, SampleConfig, Setting, generate_blocks
 from dit.metrics import EvaluateConfig, lower_is_better, score
+from dit.paths import file_sha256
 from dit.progress import Progress
 
 
@@ -23,7 +24,7 @@ class Incomparable(Exception):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model with its figure `value`, the terms of it, and `digest` of weights, autoencoder and metrics.json."""
+    """A model with its figure `value`, the terms of it, and `digest` of weights, autoencoder, metrics.json and code."""
 
     digest: str
     metric: str  # its full name, as in metrics.json
@@ -39,9 +40,12 @@ class Candidate:
 
 
 def read_candidate(
-    artifacts: Path, setting: str, metric: str, sample: SampleConfig, evaluate: EvaluateConfig
+    artifacts: Path, code: Sequence[Path], setting: str, metric: str, sample: SampleConfig, evaluate: EvaluateConfig
 ) -> Candidate:
-    """Read artifacts/{ema,vae,evaluate}. Raises ValueError where the metrics lack what is asked for."""
+    """Read artifacts/{ema,vae,evaluate}. Raises ValueError where the metrics lack what is asked for.
+
+    `code` are the files that are packed with the model: mended code makes another version of the same weights.
+    """
     file = artifacts / "evaluate" / "metrics.json"
     told = json.loads(file.read_text())
     known = {s.name: s for s in sample.settings if s.name in told["settings"]}
@@ -53,7 +57,8 @@ def read_candidate(
     terms |= {"metric": name, "labels": sample.labels, "seed": sample.seed, "evaluate": asdict(evaluate)}
     terms["setting"] = {key: value for key, value in asdict(known[setting]).items() if key != "name"}
     files = [f for part in ("ema", "vae") for f in sorted((artifacts / part).rglob("*")) if f.is_file()]
-    content = [[str(f.relative_to(artifacts)), sha256(f)] for f in [*files, file]]
+    content = [[str(f.relative_to(artifacts)), file_sha256(f)] for f in [*files, file]]
+    content += [[f.name, file_sha256(f)] for f in code]
     config = json.loads((artifacts / "ema" / "config.json").read_text())
     return Candidate(digest(content), name, row[name], known[setting], terms, config)
 
@@ -103,9 +108,3 @@ def rescore(
     except ValueError as error:
         raise Incomparable(" ".join(str(error).split())) from error
     return score(images, labels, reference, evaluate)[candidate.metric], setting
-
-
-def sha256(file: Path) -> str:
-    """The digest of a file's content."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

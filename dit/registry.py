@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit import store
+
 DIGEST = "dit.digest"  # the tag that a version is found by: it is there from the moment the version is
 
 
@@ -37,7 +39,7 @@ class Registry:
                 alias: int(number) for alias, number in self._client.get_registered_model(self.name).aliases.items()
             }
         except Exception as error:
-            if not _absent(error):
+            if not store.absent(error):
                 raise
             return {}
 
@@ -70,6 +72,14 @@ class Registry:
         )
         return _version(made)
 
+    def fetch(self, version: Version, folder: Path) -> Path:
+        """Fetch a version's files into an empty folder; returns where MLflow put them."""
+        from mlflow.artifacts import download_artifacts
+
+        folder.mkdir(parents=True, exist_ok=True)
+        address = f"models:/{self.name}/{version.number}"
+        return Path(download_artifacts(artifact_uri=address, dst_path=str(folder)))
+
     def tag(self, version: Version, tags: dict[str, object]) -> None:
         """Set tags of a version."""
         for key, value in tags.items():
@@ -87,7 +97,7 @@ class Registry:
         try:
             return bool(self._client.get_registered_model(self.name))
         except Exception as error:
-            if not _absent(error):
+            if not store.absent(error):
                 raise
             return False
 
@@ -103,7 +113,3 @@ class Registry:
 
 def _version(told: Any) -> Version:
     return Version(int(told.version), dict(told.tags), told.run_id)
-
-
-def _absent(error: Exception) -> bool:
-    return getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")

@@ -1,4 +1,4 @@
-"""The registered model's own code ("models from code"): what `predict` does, and what is packed with it.
+"""The registered model's own code ("models from code"): what `predict` does.
 
 MLflow keeps this file beside the weights and runs it wherever the model is loaded, so nothing is pickled. A request is
 a row per image, an answer too, both plain enough for JSON:
@@ -13,25 +13,16 @@ asked for. The answer's columns are `label` (the class's name), `seed` and `imag
     PIL.Image.open(io.BytesIO(base64.b64decode(answer["image"][0])))
 """
 
-import ast
 import base64
-import importlib.metadata
 import io
 import math
 import numbers
-import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import mlflow.models
 import mlflow.pyfunc
 import pandas
-
-ALWAYS = ("mlflow", "pandas")  # what this file itself needs
 
 
 class ImageGenerator(mlflow.pyfunc.PythonModel):
@@ -64,8 +55,8 @@ class ImageGenerator(mlflow.pyfunc.PythonModel):
         rows = []
         for start in range(0, len(labels), self.block_images):
             block = slice(start, start + self.block_images)
-            numbers = torch.tensor(labels[block])
-            images = generate(self.checkpoint, self.autoencoder, setting, numbers, seeds[block], seed=self.seed)
+            wanted = torch.tensor(labels[block])
+            images = generate(self.checkpoint, self.autoencoder, setting, wanted, seeds[block], seed=self.seed)
             names = [classes[label] if classes else None for label in labels[block]]
             rows += zip(names, seeds[block], map(png, images.numpy()), strict=True)
         return pandas.DataFrame(rows, columns=["label", "seed", "image"])
@@ -120,123 +111,6 @@ def _number(label: Any, classes: list[str]) -> int:
         return int(text)
     known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     raise ValueError(f"label {label!r} is no class of this model: use 0 to {len(classes) - 1}, or a name ({known})")
-
-
-# --- packing: runs where the model is registered, never where it is served -------------------------------------------
-
-
-def pack(
-    folder: Path, *, ema: Path, vae: Path, settings: list[Any], seed: int, block_images: int, entry: dict[str, Any]
-) -> None:
-    """Write the MLflow model folder. The first of `settings` is what `predict` uses unasked; `entry` says what it is
-    in MLflow (the arguments of `mlflow.models.Model`)."""
-    import json
-
-    from mlflow.models import Model
-
-    conditional = json.loads((ema / "config.json").read_text())["model"]["num_classes"] > 0
-    files = shipped_files()
-    with tempfile.TemporaryDirectory() as there:
-        for file in files:
-            copy = Path(there) / file.relative_to(files[0].parents[1])
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(file.read_bytes())
-        mlflow.pyfunc.save_model(
-            folder,
-            python_model=__file__,
-            code_paths=[f"{there}/dit"],
-            artifacts={"ema": str(ema), "vae": str(vae)},
-            model_config={"settings": [asdict(s) for s in settings], "seed": seed, "block_images": block_images},
-            signature=signature(conditional, settings[0].name),
-            input_example=(
-                {"label": [0], "seed": [0]} if conditional else {"seed": [0]},
-                {"setting": settings[0].name},
-            ),
-            pip_requirements=requirements([Path(__file__), *files]),
-            mlflow_model=Model(**entry),
-        )
-
-
-def signature(conditional: bool, setting: str) -> Any:
-    """What a request and an answer look like."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import AnyType
-
-    label = [ColSpec(AnyType(), "label")] if conditional else []  # a number or a name
-    return ModelSignature(
-        inputs=Schema([*label, ColSpec(AnyType(), "seed", required=not conditional)]),
-        outputs=Schema([ColSpec("string", "label"), ColSpec("long", "seed"), ColSpec("string", "image")]),
-        params=ParamSchema(
-            [
-                ParamSpec("setting", "string", setting),
-                ParamSpec("cfg_scale", "double", None),  # these three override the named setting
-                ParamSpec("num_steps", "long", None),
-                ParamSpec("sampler", "string", None),
-            ]
-        ),
-    )
-
-
-def shipped_files() -> list[Path]:
-    """The files of this package that `predict` needs, its __init__.py first: what this file imports, and so on."""
-    package = Path(__file__).resolve().parent
-    found, queue = [], [package / "__init__.py", Path(__file__).resolve()]
-    while queue:
-        file = queue.pop(0)
-        found.append(file)
-        names = [name.split(".", 1)[1] for name in _imports(file) if name.startswith("dit.")]
-        queue += sorted(
-            {package / f"{name}.py" for name in names if (package / f"{name}.py").is_file()} - {*found, *queue}
-        )
-    return [file for file in found if file != Path(__file__).resolve()]
-
-
-def requirements(files: list[Path]) -> list[str]:
-    """Exact pins, as installed here, of the distributions that these files import."""
-    modules = {name.split(".")[0] for file in files for name in _imports(file)} - set(sys.stdlib_module_names) - {"dit"}
-    distributions = importlib.metadata.packages_distributions()
-    wanted = {*ALWAYS, *(distributions[module][0] for module in modules if module in distributions)}
-    # A local version (2.13.0+cpu) names this machine's build and is on no index.
-    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in sorted(wanted)]
-
-
-def _imports(file: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-_TRY = """
-import gc; gc.set_threshold(100_000)  # see dit.stages
-import base64, json, os, sys, mlflow
-row, model = json.loads(sys.argv[2]), mlflow.pyfunc.load_model(sys.argv[1])
-image = base64.b64decode(model.predict(row)["image"][0])
-assert image.startswith(b"\\x89PNG"), "the answer is no PNG"
-os._exit(0)  # tidying up after so many imports takes seconds
-"""
-
-
-def try_out(model_uri: str, tracking_uri: str, conditional: bool) -> None:
-    """Load a registered model and draw one image, in a process that does not see this checkout.
-
-    Raises ValueError with the other process's last words where that fails.
-    """
-    import json
-
-    row = {"label": [0], "seed": [0]} if conditional else {"seed": [0]}
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri}
-    environment.pop("PYTHONPATH", None)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        command = [sys.executable, "-P", "-c", _TRY, model_uri, json.dumps(row)]
-        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise ValueError(f"{model_uri} was registered but cannot draw: {last}")
 
 
 mlflow.models.set_model(ImageGenerator())

@@ -13,7 +13,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,6 +25,22 @@ SILENT_SECONDS = 900.0  # in which the stages of one pipeline do not repeat what
 
 class Unreachable(Exception):
     """MLflow cannot be used. The message says why, in one line."""
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn what MLflow and its libraries raise into `Unreachable`; other errors are the program's own."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("mlflow", "requests", "urllib3", "sqlalchemy"):
+            raise
+        raise Unreachable(one_line(error)) from error
+
+
+def absent(error: Exception) -> bool:
+    """Whether an error of MLflow's says that it answers, and does not know what it was asked for."""
+    return getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 
 
 def tracking_uri(paths: Paths) -> str:
@@ -75,8 +91,8 @@ def say_unreachable(paths: Paths, reason: object) -> None:
 
 
 def without_password(uri: str) -> str:
-    """The address as it may be shown and stored."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", uri)
+    """The address as it may be shown and stored. A password may hold anything but blanks, slashes and @ included."""
+    return re.sub(r"(?<=://)([^/\s]*:\S*|[^/?#\s]*)@", "", uri)
 
 
 def one_line(reason: object) -> str:
@@ -102,16 +118,19 @@ def _make(database: Path, migrate: Callable[[Path], None]) -> None:
 def _probe(uri: str) -> None:
     """Raise unless there is a sign of life: an HTTP answer of whatever kind, or a port that opens."""
     address = urlsplit(uri)
+    try:
+        port = address.port or {"postgresql": 5432, "mysql": 3306, "mssql": 1433}.get(address.scheme.split("+")[0])
+    except ValueError:  # its message quotes what stands there, which may be half a password
+        raise Unreachable("its port is no number: write / ? # in a password as %2F %3F %23") from None
     if address.scheme in ("http", "https"):
+        bare = address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
         try:
-            urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=PROBE_SECONDS).close()
+            urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError as error:
             if error.code >= 500:
                 raise Unreachable(f"it answers {error.code} {error.reason}") from error
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for certificates
                 raise Unreachable(str(error.reason)) from error
-    elif address.hostname:
-        port = address.port or {"postgresql": 5432, "mysql": 3306, "mssql": 1433}.get(address.scheme.split("+")[0])
-        if port:
-            socket.create_connection((address.hostname, port), PROBE_SECONDS).close()
+    elif address.hostname and port:
+        socket.create_connection((address.hostname, port), PROBE_SECONDS).close()

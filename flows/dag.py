@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from flows import leash as leashes
+from flows.leash import KILL_SECONDS, save_seconds
 
 LAST_LINES = 15
 PROGRESS_EVERY_SECONDS = 10.0
@@ -86,7 +86,7 @@ def run_stage(
     may save, and goes on once all its processes are gone. If this process is killed, they end too (see `leash`).
     Raises ValueError where DIT_SAVE_SECONDS is no number.
     """
-    patience = leashes.save_seconds() + leashes.KILL_SECONDS + DRAIN_SECONDS
+    patience = save_seconds() + KILL_SECONDS + DRAIN_SECONDS
     words = ["repro", "--single-item", *(["--force"] if force else []), name]
     started, clock = time.time(), time.monotonic()
     last: deque[str] = deque(maxlen=LAST_LINES)

@@ -15,7 +15,7 @@ DIT_SAVE_SECONDS is the time from the SIGINT to the SIGKILL, 23 unless set. A la
 whatever starts the flow (`DIT_SAVE_SECONDS=300 make up`, or before `python -m flows.train_dit`). Prefect ends a
 cancelled flow's own process after 30 s all the same; the leash and the stage go on saving, and the next flow waits.
 
-`python leash.py COMMAND...` exits with the command's status (128 + n for signal n), with 2 if it can't start it.
+`python leash.py COMMAND...` exits with the command's status (128 + n for signal n), with 2 where the variable is wrong.
 """
 
 import ctypes
@@ -114,7 +114,8 @@ def end_descendants(steps: Escalation, command: int) -> int | None:
     status, waited = None, 0.0
     for number, seconds in steps:
         if waited and (left := descendants()):
-            more = f"; {SAVE_VARIABLE} gives more time to save" if number == signal.SIGKILL else ""
+            hint = number == signal.SIGKILL and steps is not AFTER_SUCCESS
+            more = f"; {SAVE_VARIABLE} gives more time to save" if hint else ""
             _say(f"{len(left)} process(es) still run after {waited:g} s and get {number.name}{more}")
         outside = [process for process in descendants() if _group_of(process) != command]
         _signal(os.killpg, command, number)

@@ -135,7 +135,7 @@ def holder(port: int) -> str | None:
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                words = " ".join(psutil.Process(connection.pid).cmdline())
+                words = " ".join(" ".join(psutil.Process(connection.pid).cmdline()).split())
                 return f"process {connection.pid} ({words[:80]})"
     except psutil.Error:
         pass

@@ -41,8 +41,11 @@ def test_a_metric_is_found_by_its_short_or_full_name():
 
 
 def test_a_candidate_is_what_it_holds_and_how_it_was_scored(tmp_path):
+    code = tmp_path / "served.py"
+    code.write_text("draw()\n")
+
     def read(sample=SAMPLE, evaluate=EvaluateConfig()):  # noqa: B008
-        return read_candidate(tmp_path, "plain", "fid", sample, evaluate)
+        return read_candidate(tmp_path, [code], "plain", "fid", sample, evaluate)
 
     write_model(tmp_path)
     write_metrics(tmp_path, 2.0)
@@ -54,6 +57,11 @@ def test_a_candidate_is_what_it_holds_and_how_it_was_scored(tmp_path):
     write_metrics(tmp_path, 2.0)
     write_model(tmp_path, seed=1)
     assert read().digest != first.digest
+    write_model(tmp_path, seed=0)
+    assert read() == first
+    code.write_text("draw()  # mended\n")
+    mended = read()
+    assert mended.digest != first.digest and mended.score_tag == first.score_tag
     renamed = SampleConfig(
         12, 0, "balanced", 99, (Setting("plain", 1.5, "euler", 2), Setting("other", 1.0, "euler", 2))
     )

@@ -73,7 +73,12 @@ def test_a_preset_is_put_into_params_and_what_was_there_is_kept(run, toy):
     state, _, flow_run = run(preset="smoke")
     assert state.is_completed() and flow_run.name.startswith("smoke ")
     assert (toy / "params.yaml").read_text() == "preset: smoke\ntrain:\n  max_steps: 1  # a comment to keep\n"
-    assert (toy / "scratch" / "params.before-smoke.yaml").read_text() == before
+    [kept] = (toy / "scratch").glob("params.before-smoke.*.yaml")
+    assert kept.read_text() == before
+    (toy / "params.yaml").write_text("preset: mine\ntrain:\n  max_steps: 7\n")
+    assert run(preset="smoke")[0].is_completed()
+    other = {file.read_text() for file in (toy / "scratch").glob("params.before-smoke.*.yaml") if file != kept}
+    assert other == {"preset: mine\ntrain:\n  max_steps: 7\n"} and kept.read_text() == before
 
 
 def test_a_failed_stage_fails_the_run_with_its_last_lines(run, toy):
@@ -106,14 +111,54 @@ os.kill(int(open("scratch/pid").read()), signal.SIGTERM)
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [({"force": ["trian"]}, "force: no stage trian"), ({"preset": "digit"}, "preset 'digit' does not exist")],
+    [
+        ({"force": ["trian"]}, "force: no stage trian in dvc.yaml: choose among scan, train, report"),
+        ({"preset": "smoke", "force": ["scan", "trian"]}, "force: no stage trian in dvc.yaml"),
+        ({"preset": "digit"}, "preset 'digit' does not exist"),
+    ],
 )
-def test_what_is_not_there_is_refused_before_any_stage(run, toy, parameters, message):
+def test_what_is_not_there_is_refused_before_anything_is_changed(run, toy, caplog, parameters, message):
     from flows.train_dit import train_dit
 
+    before = contents(toy)
     state = train_dit(**parameters, return_state=True)
-    assert state.is_failed() and message in state.message
-    assert not (toy / "listing").exists()
+    assert state.is_failed() and state.message.startswith(message)
+    assert contents(toy) == before
+    assert "Finished in state Failed" in caplog.text and "Traceback" not in caplog.text
+
+
+def contents(root):
+    """What is in the checkout, scratch/lock and DVC's own files apart."""
+    own = (root / "scratch" / "lock", root / ".dvc" / "tmp")
+    return {
+        file: file.read_bytes()
+        for file in root.rglob("*")
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in own)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "params", "line"),
+    [
+        (["--preset", "nosuch"], None, "preset 'nosuch' does not exist: choose one of digits, smoke, xl2"),
+        (["--force", "nosuch"], None, "force: no stage nosuch in dvc.yaml: choose among scan, train, report"),
+        (["--preset", "smoke", "--force", "nosuch"], None, "force: no stage nosuch in dvc.yaml"),
+        ([], "train: [1\n  lr: 2\n", "{root}/params.yaml is not readable YAML: "),
+        (["--preset", "smoke"], "train: {{\n", "{root}/params.yaml is not readable YAML: "),
+        (["--force", "train"], "- 1\n", "{root}/params.yaml must hold sections"),
+    ],
+)
+def test_bad_input_at_the_terminal_is_one_line_and_changes_nothing(toy, tmp_path, arguments, params, line):
+    if params:
+        (toy / "params.yaml").write_text(params)
+    before = contents(toy)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "PREFECT_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "flows.train_dit", *arguments]
+    done = subprocess.run(command, cwd=toy, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stdout + done.stderr
+    assert done.stderr.startswith("train-dit: " + line.format(root=toy))
+    assert contents(toy) == before  # and no server was started: the checkout holds no record of one
 
 
 def test_a_second_run_waits_for_the_first(run, toy):

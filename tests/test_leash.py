@@ -1,6 +1,7 @@
 """flows/leash.py: exit codes and output pass through, and nothing of the command remains, however it hides."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import time
 import psutil
 import pytest
 from toy_pipeline import REPOSITORY, until
+
+from flows import dag
+from flows.leash import escalation, save_seconds
 
 LEASH = [sys.executable, "-P", str(REPOSITORY / "flows" / "leash.py")]
 SLEEP = "import time; time.sleep(1000)"
@@ -62,17 +66,63 @@ def test_a_process_that_hid_itself_is_ended_after_a_success():
 def test_what_ignores_signals_is_killed(tmp_path):
     deaf = tmp_path / "deaf.py"
     deaf.write_text(DEAF)
-    quick = "leash.ESCALATION = tuple((number, 0.3) for number, _ in leash.ESCALATION)"
-    code = f"import leash, sys; {quick}; sys.exit(leash.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, sys.executable, str(deaf)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "flows")}
-    leash = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    leash = leashed(sys.executable, str(deaf), env={**os.environ, "DIT_SAVE_SECONDS": "0.6"})
     pids = [int(word) for word in leash.stdout.readline().split()]
     time.sleep(0.2)  # the child too must have come to ignore them
     leash.stdin.close()
+    assert leash.stdout.read().decode().splitlines() == [
+        "2 process(es) still run after 0.3 s and get SIGTERM",
+        "2 process(es) still run after 0.6 s and get SIGKILL; DIT_SAVE_SECONDS gives more time to save",
+    ]
     assert leash.wait(timeout=10) == 128 + signal.SIGKILL
     assert all(gone(pid) for pid in pids)
-    leash.stdout.close()
+
+
+def test_the_time_to_save_can_be_set_and_fits_into_prefects_unless_it_is():
+    assert save_seconds({}) == save_seconds({"DIT_SAVE_SECONDS": ""}) == 23
+    assert escalation(23) == ((signal.SIGINT, 18), (signal.SIGTERM, 5), (signal.SIGKILL, 2))
+    assert sum(seconds for _, seconds in escalation(save_seconds({}))) + dag.DRAIN_SECONDS < 30
+    assert escalation(300)[:2] == ((signal.SIGINT, 295), (signal.SIGTERM, 5))
+    assert save_seconds({"DIT_SAVE_SECONDS": "300"}) == 300
+
+
+@pytest.mark.parametrize("text", ["five", "0", "-1", "nan", "inf", "1e300"])
+def test_a_time_to_save_that_is_none_starts_nothing(text):
+    message = f"DIT_SAVE_SECONDS must be a number of seconds above 0, got '{text}'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save_seconds({"DIT_SAVE_SECONDS": text})
+    leash = leashed("echo", "started", env={**os.environ, "DIT_SAVE_SECONDS": text}, stderr=subprocess.STDOUT)
+    assert leash.communicate()[0].decode() == f"leash: {message}\n" and leash.returncode == 2
+
+
+@pytest.mark.parametrize("command", [["flows.train_dit"], ["flows.local", "up"]])
+def test_such_a_time_is_refused_before_anything_starts(tmp_path, command):
+    for name in ("dvc.yaml", "prefect.yaml"):
+        (tmp_path / name).touch()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DIT_SAVE_SECONDS": "long"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "DIT_SAVE_SECONDS must be a number of seconds above 0, got 'long'" in done.stderr
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_stage_gets_the_time_that_was_set(tmp_path):
+    # It takes longer than 0.6 s, after which another is killed (see above).
+    slow = (
+        "import signal, sys, time\n"
+        "def save(*_):\n"
+        f"    signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w').close(); sys.exit(75)\n"
+        "signal.signal(signal.SIGINT, save)\nprint('ready', flush=True)\ntime.sleep(1000)"
+    )
+    for seconds, code in (("0.6", 128 + signal.SIGKILL), ("20", 75)):
+        leash = leashed(sys.executable, "-c", slow, env={**os.environ, "DIT_SAVE_SECONDS": seconds})
+        assert leash.stdout.readline() == b"ready\n" and not (tmp_path / "saved").exists()
+        leash.stdin.close()
+        leash.stdout.close()
+        assert leash.wait(timeout=10) == code
+    assert (tmp_path / "saved").exists()
 
 
 def test_each_process_gets_an_interrupt_once(tmp_path):

@@ -30,6 +30,7 @@ class Checkout:
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "PYTHONPATH"))}
         ports = {"PREFECT_PORT": str(self.port), "MLFLOW_PORT": str(free_port())}
         self.environment = {**keep, **ports, "HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.environment["DIT_SAVE_SECONDS"] = "40"
         self.folder = root / "scratch" / "local"
 
     def do(self, *command, code=0, seconds=150):
@@ -161,7 +162,9 @@ def test_a_killed_worker_is_replaced_and_down_ends_its_flow_too(checkout):
     after = checkout.pids()
     assert after["prefect"] == before["prefect"] and after["worker-local"] != before["worker-local"]
     assert "1 flow(s) running" in checkout.local("status")
+    del checkout.environment["DIT_SAVE_SECONDS"]  # the flow's own counts, not that of whoever ends it
     said = checkout.local("down")
+    assert "ending 1 running flow(s): a stage may save, up to 40 s\n" in said
     assert "ended 1 running flow(s), worker-local, mlflow, prefect\n" in said
     assert (checkout.root / "scratch" / "saved").exists()
     assert not processes_in(checkout.root)

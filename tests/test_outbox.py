@@ -74,7 +74,8 @@ def test_a_service_that_is_gone_is_tried_a_last_time():
     box = Outbox(send, said.append)
     box.add(points(0))
     assert not box.close(lambda: ended.append(1), seconds=5)
-    assert attempts == [1] and len(said) == 1 and not ended
+    assert attempts == [1] and len(said) == 1
+    assert ended == [1]  # the last call is made whatever happened: it ends the run, and the watching of the machine
 
 
 def test_a_job_that_never_works_holds_up_no_other(fast):
@@ -90,6 +91,59 @@ def test_a_job_that_never_works_holds_up_no_other(fast):
     time.sleep(0.3)
     assert done == ["first", "last"] and [str(error) for error in said] == ["no picture"]
     box.close(lambda: None, seconds=5)
+
+
+def test_after_a_job_that_fails_curves_go_on_as_before_and_the_last_call_is_made(monkeypatch):
+    monkeypatch.setattr(outbox, "FLUSH_SECONDS", 0.02)  # the other pause stays a minute
+    sent, done, said, ended = [], [], [], []
+
+    def broken():
+        raise ValueError("no picture")
+
+    box = Outbox(sent.extend, said.append)
+    box.do(broken)
+    for step in range(5):
+        box.add(points(step))
+        box.do(lambda step=step: done.append(step))
+        time.sleep(0.1)
+        assert [point.step for point in sent] == done == list(range(step + 1))
+    assert not box.close(lambda: ended.append(1), seconds=5)  # not all of it went out
+    assert ended == [1] and [str(error) for error in said] == ["no picture"]
+
+
+def test_a_job_is_tried_so_many_times_and_then_dropped(fast):
+    tries, said = [], []
+
+    def broken():
+        tries.append(1)
+        raise ValueError("no picture")
+
+    box = Outbox(lambda batch: None, said.append)
+    box.do(broken)
+    time.sleep(1)
+    assert len(tries) == outbox.TRIES and len(said) == 1 and not box._jobs
+    assert not box.close(lambda: None, seconds=5) and len(tries) == outbox.TRIES
+
+
+def test_jobs_that_all_fail_wait_together_and_none_is_lost_when_the_place_is_back(fast, monkeypatch):
+    monkeypatch.setattr(outbox, "TRIES", 1000)
+    away, tried, done, said = threading.Event(), [], [], []
+    away.set()
+
+    def job(number):
+        tried.append(number)
+        if away.is_set():
+            raise ConnectionError("nobody there")
+        done.append(number)
+
+    box = Outbox(lambda batch: None, said.append)
+    for number in range(10):
+        box.do(lambda number=number: job(number))
+    time.sleep(0.3)
+    assert set(tried) == {0, 1} and len(said) == 1  # two in a row mean that nothing would work: ask no more of it
+    away.clear()
+    time.sleep(0.3)
+    assert done == list(range(10)) and box.close(lambda: None, seconds=5)
 
 
 def test_what_is_kept_for_an_absent_service_is_bounded(monkeypatch):

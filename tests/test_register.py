@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_model import CLASSES, EXTRACTOR, write_metrics, write_model, write_reference, write_training
 
-from dit import served, store, tracking
+from dit import packing, store, tracking
 from dit.checkpoint import load_checkpoint
 from dit.generation import SampleConfig, Setting, generate_blocks
 from dit.metrics import EvaluateConfig, score
@@ -64,7 +64,7 @@ def trials(monkeypatch):
         tried.append(model_uri)
         assert len(mlflow.pyfunc.load_model(model_uri).predict({"label": [0]})["image"][0]) > 50
 
-    monkeypatch.setattr(served, "try_out", here)
+    monkeypatch.setattr(packing, "try_out", here)
     return tried
 
 
@@ -159,6 +159,35 @@ def test_the_better_one_wins_the_others_are_challengers(paths):
         assert verb in told["reasons"][0]
         assert aliases(paths) == {"champion": 2, "challenger": version}
     assert told["value"] is None
+
+
+def test_mended_code_makes_a_new_version_of_the_same_weights(paths, tmp_path, monkeypatch):
+    before = run(paths)
+    package = shutil.copytree(packing.PACKAGE, tmp_path / "dit", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(packing, "PACKAGE", package)
+    assert run(paths) == before  # the same code elsewhere
+    (package / "stages" / "train.py").write_text("# nothing that predict needs\n")
+    assert run(paths) == before
+    mended = (package / "generation.py").read_text() + "# mended\n"
+    (package / "generation.py").write_text(mended)
+    told = run(paths)
+    assert (told["version"], told["decision"], told["champion_version"]) == (2, "challenger", 1)
+    assert told["reasons"] == [f"{METRIC} 2 equals champion version 1's 2."]
+    shipped = [file.read_text() for file in (paths.root / "mlartifacts").rglob("code/dit/generation.py")]
+    assert sorted(len(text) for text in shipped) == [len(mended) - len("# mended\n"), len(mended)]
+    assert run(paths) == told
+
+
+def test_a_large_upload_has_minutes_though_other_requests_have_seconds(paths, monkeypatch):
+    allowed, pack = [], packing.pack
+
+    def seen(*arguments, **named):
+        allowed.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+        pack(*arguments, **named)
+
+    monkeypatch.setattr(packing, "pack", seen)
+    run(paths)
+    assert allowed == ["300"]
 
 
 def test_a_model_whose_figure_is_not_finite_is_no_champion_even_where_there_is_none(paths):

@@ -61,6 +61,6 @@ def test_what_was_fetched_is_what_was_packed(client, run_id, tmp_path):
         (folder / "MLmodel").write_text("flavors: {}\n")
         (folder / "artifacts" / "weights").write_bytes(b"1234")
 
-    registry.add("aa", run_id, {}, pack)
-    there = tracking.download("models:/digits/1", tmp_path / "fetched")
+    version = registry.add("aa", run_id, {}, pack)
+    there = registry.fetch(version, tmp_path / "fetched")
     assert (there / "artifacts" / "weights").read_bytes() == b"1234" and not list((tmp_path / "work").iterdir())

@@ -1,4 +1,4 @@
-"""The registered model: what it takes, what it answers, and that it needs nothing of this checkout."""
+"""The registered model: what it takes and what it answers."""
 
 import base64
 import io
@@ -11,26 +11,20 @@ import pandas
 import pytest
 import torch
 from PIL import Image
-from tiny_model import CLASSES, SIZE, write_model
+from test_packing import PLAIN, packed
+from tiny_model import CLASSES, SIZE
 
 from dit import served
 from dit.checkpoint import load_checkpoint
 from dit.generation import Setting, generate
 from dit.vae import Autoencoder
 
-PLAIN, STRONG = Setting("plain", 1.0, "euler", 2), Setting("strong", 4.0, "heun", 3)
-
-
-def packed(home, settings=(PLAIN, STRONG), **model):
-    write_model(home, **model)
-    parts = {name: home / name for name in ("ema", "vae")}
-    served.pack(home / "packed", **parts, settings=list(settings), seed=5, block_images=4, entry={})
-    return home / "packed"
+STRONG = Setting("strong", 4.0, "heun", 3)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("served"))
+    return packed(tmp_path_factory.mktemp("served"), [PLAIN, STRONG])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
-    folder = packed(tmp_path_factory.mktemp("unconditional"), settings=[PLAIN], classes=[])
+    folder = packed(tmp_path_factory.mktemp("unconditional"), [PLAIN], classes=[])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         yield mlflow.pyfunc.load_model(str(folder))
@@ -143,23 +137,3 @@ def test_it_answers_json_as_mlflow_serves_it(folder, name, monkeypatch):
     predictions_to_json(mlflow.models.validate_serving_input(str(folder), asked), out := io.StringIO())
     answer = json.loads(out.getvalue())["predictions"]
     assert [row["label"] for row in answer] == ["one", "two"] and picture(answer[0]["image"]).shape == (SIZE, SIZE, 3)
-
-
-def test_what_is_packed_is_what_predict_needs(folder):
-    code = {file.relative_to(folder / "code").as_posix() for file in (folder / "code").rglob("*") if file.is_file()}
-    assert code >= {"dit/__init__.py", "dit/generation.py", "dit/model.py", "dit/vae.py", "dit/checkpoint.py"}
-    assert not code & {
-        f"dit/{name}.py" for name in ("trainer", "tracking", "served", "sources", "shards", "metrics", "cli")
-    }
-    assert not [file for file in folder.rglob("*") if file.suffix in (".pkl", ".pyc", ".pt", ".pth")]
-    pins = (folder / "requirements.txt").read_text().split()
-    assert f"torch=={torch.__version__.split('+')[0]}" in pins and not [
-        pin for pin in pins if "+" in pin or "==" not in pin
-    ]
-    assert {pin.split("==")[0] for pin in pins} >= {"mlflow", "diffusers", "safetensors", "pandas", "pillow", "numpy"}
-
-
-def test_it_works_where_this_checkout_is_not_seen(folder):
-    served.try_out(str(folder), "sqlite:///unused.db", conditional=True)
-    with pytest.raises(ValueError, match="was registered but cannot draw"):
-        served.try_out(str(folder / "nothing"), "sqlite:///unused.db", conditional=True)

@@ -1,4 +1,4 @@
-"""flows/services.py and the pure parts of flows/servers.py: a process is ours by number and start time, or it isn't."""
+"""flows/services.py: a process is ours by number and start time, or it isn't."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import pytest
 from toy_pipeline import REPOSITORY
 
-from flows import servers, services
+from flows import services
 from flows.services import Service
 
 # Ends on SIGTERM; its child, in a group of its own, does not end with it.
@@ -75,49 +75,6 @@ def test_the_holder_of_a_port_is_named():
         port = taken.getsockname()[1]
         assert f"process {os.getpid()} " in services.holder(port)
     assert services.holder(port) is None
-
-
-def test_a_port_that_is_no_number_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("MLFLOW_PORT", "http")
-    with pytest.raises(ValueError, match="MLFLOW_PORT must be a port number, got 'http'"):
-        servers.ensure(tmp_path, ("mlflow",), [], print)
-
-
-def test_if_one_port_is_taken_nothing_is_started(monkeypatch, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        monkeypatch.setenv("PREFECT_PORT", str(free_port()))
-        monkeypatch.setenv("MLFLOW_PORT", str(taken.getsockname()[1]))
-        started = []
-        with pytest.raises(ValueError, match=r"^port \d+ is taken by process .* MLFLOW_PORT=\.\.\.$"):
-            servers.ensure(tmp_path, servers.NAMES, started, print)
-    assert not started and not services.marked(servers.folder_of(tmp_path))
-
-
-def test_prefects_settings_of_the_person_do_not_reach_ours(monkeypatch, tmp_path):
-    monkeypatch.setenv("PREFECT_API_KEY", "secret")
-    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
-    environment = servers.environment(tmp_path, {"prefect": Service("prefect", 1, 1, 4321)})
-    assert "PREFECT_API_KEY" not in environment and environment["PREFECT_LOGGING_LEVEL"] == "DEBUG"
-    assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
-    assert environment["PATH"].startswith(os.path.dirname(sys.executable) + os.pathsep)
-
-
-def test_the_pointer_is_written_and_removed_but_never_a_persons(tmp_path):
-    prefect = Service("prefect", 1, 1, 4321)
-    assert servers.point_here(tmp_path, prefect) and servers.point_here(tmp_path, prefect)
-    assert 'url = "http://127.0.0.1:4321/api"' in (tmp_path / "prefect.toml").read_text()
-    servers.point_away(tmp_path)
-    assert not (tmp_path / "prefect.toml").exists()
-    (tmp_path / "prefect.toml").write_text('[api]\nurl = "https://their.server/api"\n')
-    assert not servers.point_here(tmp_path, prefect)
-    servers.point_away(tmp_path)
-    assert "their.server" in (tmp_path / "prefect.toml").read_text()
-
-
-def test_a_server_that_the_person_chose_is_used(tmp_path):
-    assert servers.for_this_process(tmp_path, "https://their.server/api") == {}
 
 
 @pytest.mark.parametrize("command", [["flows.local", "up"], ["flows.train_dit"]])

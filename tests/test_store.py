@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dit import store, tracking
 from dit.paths import Paths
@@ -79,6 +81,44 @@ def test_its_absence_is_said_once_by_all_stages_of_a_pipeline(paths, capsys, mon
     assert said == "mlflow: http://host cannot be used (http://host refused it): going on without it\n"
     store.say_unreachable(paths, "another reason")
     assert "another reason" in capsys.readouterr().out
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1))
+def test_no_password_is_shown_whatever_stands_in_it(password):
+    for place in ("h/mlflow", "h:5432"):
+        assert store.without_password(f"x://user:{password}@{place}") == f"x://{place}"
+        assert store.one_line(f"cannot reach x://user:{password}@{place} now") == f"cannot reach x://{place} now"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:pa@ss@h", "http://h"),
+        ("postgresql://user:pa/ss@h:5432/db", "postgresql://h:5432/db"),
+        ("https://token@h/a", "https://h/a"),
+        ("http://h:5000/a", "http://h:5000/a"),
+        ("http://h/people/me@home", "http://h/people/me@home"),
+        ("sqlite:////home/me@work/a:b@c/mlflow.db", "sqlite:////home/me@work/a:b@c/mlflow.db"),
+    ],
+)
+def test_an_address_without_its_password(uri, shown):
+    assert store.without_password(uri) == shown
+
+
+def test_a_password_that_tears_the_address_is_not_quoted(paths, monkeypatch):
+    for uri in ("postgresql://user:half/secret@h/db", "http://user:half/secret@h"):
+        assert "%2F" in (said := why_not(paths, uri, monkeypatch)) and "half" not in said
+
+
+def test_what_mlflow_raises_is_told_apart_from_the_programs_own_errors(paths):
+    client = tracking.connect(paths)
+    with pytest.raises(store.Unreachable, match="No Experiment"), store.translated():
+        client.get_experiment("77")
+    with pytest.raises(KeyError), store.translated():
+        raise KeyError("ours")
+    with pytest.raises(Exception) as caught:
+        client.get_experiment("77")
+    assert store.absent(caught.value) and not store.absent(KeyError("ours"))
 
 
 RACER = """

@@ -1,6 +1,5 @@
 """One MLflow run per trained model, against a real store."""
 
-import json
 import os
 import signal
 import socket
@@ -75,6 +74,7 @@ def test_a_resumed_training_goes_on_with_its_run(paths):
         for step in range(20):
             run.log(step, {"loss": step / 2})
         raise KeyboardInterrupt
+    assert told(paths, run.id).info.status == "KILLED"
     paths.params.write_text(paths.params.read_text().replace(": 10", ": 30"))  # train.max_steps was raised
     with tracking.open_run(paths, "x", experiment="resumed", run_id=run.id) as again:
         assert told(paths, run.id).info.status == "RUNNING"
@@ -85,6 +85,35 @@ def test_a_resumed_training_goes_on_with_its_run(paths):
     assert got.data.params["train.max_steps"] == "10" and got.data.tags["changed.train.max_steps"] == "30"
     history = tracking.connect(paths).get_metric_history(run.id, "loss")
     assert {m.step: m.value for m in history} == {step: step / 2 for step in range(30)}
+    client = tracking.connect(paths)
+    assert len(client.search_runs([got.info.experiment_id])) == 1
+
+
+def test_a_training_interrupted_and_resumed_while_the_server_was_away_ends_as_one_finished_run(paths):
+    with pytest.raises(KeyboardInterrupt), tracking.open_run(paths, "x", experiment="away at the end") as run:
+        run.log(1, {"loss": 1.0})
+        raise KeyboardInterrupt
+    write_training(paths, run.id)  # resumed to its end, and MLflow was told nothing
+    tracking.continue_run(paths, experiment="away at the end").close()
+    got, client = told(paths, run.id), tracking.connect(paths)
+    assert got.info.status == "FINISHED" and got.data.metrics["loss"] == 1 / 10
+    assert len(client.search_runs([got.info.experiment_id])) == 1
+
+
+def test_a_picture_that_cannot_be_sent_keeps_no_run_from_its_end(paths, capsys):
+    with tracking.open_run(paths, "x", experiment="bad picture") as run:
+        run.image("preview", np.zeros((3, 4, 5, 6), np.uint8), step=1)  # of no shape that a picture has
+        run.log(1, {"loss": 1.0})
+    assert told(paths, run.id).info.status == "FINISHED" and told(paths, run.id).data.metrics["loss"] == 1.0
+    assert capsys.readouterr().out.count("goes on without it") == 1
+
+
+def test_the_last_call_says_how_long_a_request_may_take(paths, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+    tracking.connect(paths, timeout_seconds=300)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "300"
+    tracking.connect(paths)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
 
 
 def test_later_stages_add_to_the_run_that_the_file_names(paths):
@@ -133,16 +162,6 @@ def test_a_training_resumed_elsewhere_has_its_whole_curve_in_the_end(paths):
     assert got.data.tags[tracking.ORIGIN] == "1" * 32 and tracking.PARTIAL not in got.data.tags
     history = tracking.connect(paths).get_metric_history(run.id, "loss")
     assert {m.step for m in history} == set(range(1, 11))
-
-
-def test_nobodys_run_takes_everything():
-    with tracking.Run() as run:
-        run.log(1, {"loss": 1.0})
-        run.metrics({"a": {"b": 1}})
-        run.image("x", None, step=1)
-        run.artifact("x", "y")
-        run.tags({"a": 1})
-    assert run.id is None and run.tracking_uri is None
 
 
 def test_without_a_server_the_work_goes_on_and_it_is_said_once(tmp_path, monkeypatch, capsys):
@@ -217,8 +236,3 @@ def test_a_server_that_dies_stops_nobody(server, tmp_path, monkeypatch, capsys):
     assert logged < 1 and time.monotonic() - started < 15
     said = [line for line in capsys.readouterr().out.splitlines() if "mlflow" in line]
     assert len(said) == 1 and "goes on without it" in said[0]
-
-
-def test_the_file_that_train_writes_may_be_shown(paths):
-    run = tracking.Run(None, None, "http://me:secret@host:5000")
-    assert json.dumps(run.tracking_uri) == '"http://host:5000"'

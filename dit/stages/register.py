@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit import entry, runtime, store, tracking
+from dit import entry, packing, runtime, store, tracking
 from dit.config import digest
-from dit.contest import Candidate, Incomparable, beats, read_candidate, rescore, sha256
+from dit.contest import Candidate, Incomparable, beats, read_candidate, rescore
 from dit.generation import SampleConfig, Setting
 from dit.metrics import EvaluateConfig
-from dit.paths import Paths, publish, write_json
+from dit.paths import Paths, file_sha256, publish, write_json
 from dit.provenance import provenance, settings
 from dit.registry import Registry, Version
 from dit.runtime import RunConfig
 
+UPLOAD_SECONDS = 300  # for one request, which may carry the weights
 TESTED, RECORD, SETTLED, TERMS = "dit.tested", "dit.record", "dit.settled", "dit.terms"
 
 
@@ -46,17 +47,18 @@ def register(
 
     Where MLflow does not answer it says `"registered": false` and why; the next run makes it good.
     """
-    candidate = read_candidate(paths.artifacts, register.setting, register.metric, sample, evaluate)
+    code = packing.shipped_files()
+    candidate = read_candidate(paths.artifacts, code, register.setting, register.metric, sample, evaluate)
     key = digest(candidate.digest, candidate.terms, register, store.tracking_uri(paths))
     told = _remembered(paths, key)
     if told is None:
 
         def score_champion(champion: Version) -> tuple[float, Setting]:
-            return _score_champion(champion, register.model_name, candidate, sample, evaluate, run, paths)
+            return _score_champion(registry, champion, candidate, sample, evaluate, run, paths)
 
         try:
-            with tracking.translated():
-                client = tracking.connect(paths, timeout_seconds=300)  # a request may carry the weights
+            with store.translated():
+                client = tracking.connect(paths, timeout_seconds=UPLOAD_SECONDS)
                 registry = Registry(client, register.model_name, _workspace(paths))
                 version = registry.find(candidate.digest) or _add(registry, candidate, sample, run, paths)
                 told = _settle(registry, version, candidate, score_champion, paths)
@@ -80,10 +82,8 @@ def _settle(
 ) -> dict[str, Any]:
     """Test, decide, move the alias: what of it is not done yet. Returns the content of model.json."""
     if TESTED not in version.tags:
-        from dit import served
-
         conditional = candidate.config["model"]["num_classes"] > 0
-        served.try_out(f"models:/{registry.name}/{version.number}", store.tracking_uri(paths), conditional)
+        packing.try_out(f"models:/{registry.name}/{version.number}", store.tracking_uri(paths), conditional)
         registry.tag(version, {TESTED: "true"})
     record = json.loads(version.tags.get(RECORD, "{}"))
     if record.get("terms") != digest(candidate.terms):
@@ -144,8 +144,8 @@ def _decide(
 
 
 def _score_champion(
+    registry: Registry,
     champion: Version,
-    name: str,
     candidate: Candidate,
     sample: SampleConfig,
     evaluate: EvaluateConfig,
@@ -155,8 +155,8 @@ def _score_champion(
     place = _workspace(paths) / "champion"
     shutil.rmtree(place, ignore_errors=True)
     try:
-        with tracking.translated():
-            files = tracking.download(f"models:/{name}/{champion.number}", place) / "artifacts"
+        with store.translated():
+            files = registry.fetch(champion, place) / "artifacts"
         if not (files / "ema").is_dir():
             raise store.Unreachable("its weights are not among its files")
         own = json.loads(champion.tags[TERMS])["setting"] if TERMS in champion.tags else None
@@ -168,19 +168,17 @@ def _score_champion(
 
 
 def _add(registry: Registry, candidate: Candidate, sample: SampleConfig, run: RunConfig, paths: Paths) -> Version:
-    from dit import served
-
     def pack(folder: Path, entry: dict[str, Any]) -> None:
         first = [candidate.setting, *(s for s in sample.settings if s != candidate.setting)]
         parts = {name: (paths.artifacts / name).resolve() for name in ("ema", "vae")}
-        served.pack(folder, **parts, settings=first, seed=sample.seed, block_images=sample.block_images, entry=entry)
+        packing.pack(folder, **parts, settings=first, seed=sample.seed, block_images=sample.block_images, entry=entry)
 
-    with tracking.continue_run(paths, experiment=run.experiment) as mirror:
+    with tracking.continue_run(paths, experiment=run.experiment, timeout_seconds=UPLOAD_SECONDS) as mirror:
         if mirror.id is None:
             raise store.Unreachable("the run could not be continued")
         tags = {name: str(candidate.terms[name]) for name in ("extractor", "reference", "num_images", "metric")}
         tags |= {"value": repr(candidate.value), "setting": candidate.setting.name, "run_id": mirror.id}
-        tags |= {"model_digest": sha256(paths.artifacts / "ema" / "model.safetensors")}
+        tags |= {"model_digest": file_sha256(paths.artifacts / "ema" / "model.safetensors")}
         tags |= {"license": candidate.config.get("license") or "unknown", "params_digest": digest(settings(paths))}
         tags |= {name: value for name, value in provenance(paths).items() if name.startswith("git.")}
         version = registry.add(candidate.digest, mirror.id, tags, pack)
