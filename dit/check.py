@@ -43,6 +43,7 @@ def require_git(paths: Paths) -> None:
 def conflicts(sections: dict[str, Any]):
     """Yield a line for each pair of settings that cannot go together."""
     from dit.generation import require_sampler
+    from dit.metrics import metric_names
     from dit.trainer import require_objective
 
     data, vae, model, sample = (sections[name] for name in ("data", "vae", "model", "sample"))
@@ -62,9 +63,21 @@ def conflicts(sections: dict[str, Any]):
         yield "data.held_out_fraction: 0 leaves nothing to judge the model by: give it some images"
     if sample.num_images <= sections["evaluate"].nearest_k:
         yield f"sample.num_images: {sample.num_images} is too few for evaluate.nearest_k {sections['evaluate'].nearest_k}"
+    train, ema, register = sections["train"], sections["ema"], sections["register"]
+    guided = [setting.name for setting in sample.settings if setting.cfg_scale != 1]
+    if guided and train.class_dropout_prob == 0:
+        yield f"train.class_dropout_prob: 0 leaves the null label untrained, and sample.settings {guided[0]!r} guides with it"
+    every = train.snapshot_every_steps
+    kept = {train.max_steps, *(range(every, train.max_steps, every) if every else ())}
+    if ema.step is not None and ema.step not in kept:
+        yield f"ema.step: no average of step {ema.step} is kept: use null, or a multiple of train.snapshot_every_steps"
+    if sections["reference"].max_shift_pixels >= data.image_size // 2:
+        yield f"reference.max_shift_pixels: must be below half of data.image_size, got {sections['reference'].max_shift_pixels}"
+    if register.metric not in (metrics := metric_names(bool(data.num_classes))) and "_" not in register.metric:
+        yield f"register.metric: {register.metric!r} is not among the metrics: use one of {', '.join(metrics)}"
     names = [setting.name for setting in sample.settings]
-    if sections["register"].setting not in names:
-        yield f"register.setting: {sections['register'].setting!r} is not one of sample.settings ({', '.join(names)})"
+    if register.setting not in names:
+        yield f"register.setting: {register.setting!r} is not one of sample.settings ({', '.join(names)})"
 
 
 def latent_factor(vae: Any) -> int | None:

@@ -53,9 +53,19 @@ def load_checkpoint(folder: Path | str, device: torch.device | str = "cpu") -> C
         raise ValueError(f"{folder} is not a checkpoint: config.json is missing or torn") from None
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder}/config.json is of format {config.get('format')!r}, this code reads {FORMAT!r}")
-    network = build(config["model"])
-    network.load_state_dict(load_tensors(folder / "model.safetensors"))
+    tensors = load_tensors(folder / "model.safetensors")
+    try:
+        network = build(config["model"])
+        network.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder}: config.json and model.safetensors do not fit together ({_first_line(error)})"
+        ) from None
     return Checkpoint(network.eval().requires_grad_(False).to(device), config)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -109,7 +119,7 @@ def latest_state(folder: Path) -> TrainingState | None:
             told = json.loads(sidecar.read_text())
             if file_sha256(tensors) == told["sha256"]:
                 return TrainingState(told["step"], load_tensors(tensors), told["values"])
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, TypeError, OSError):
             pass
         print(f"{tensors} is torn: passed over for the state before it")
     return None

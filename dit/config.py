@@ -25,6 +25,8 @@ def read_params(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not there: run in the project's folder, or make it with `dit preset digits`"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
@@ -56,7 +58,7 @@ def check_sections(
     faults, sections = [], {}
     for name in params:
         if name not in known and name != "preset":
-            faults.append(f"{name}: no such section in {source}{_nearest(name, known)}")
+            faults.append(f"{name}: no such section in {source}{_nearest(str(name), known)}")
     for name, kind in known.items():
         try:
             sections[name] = parse(name, params.get(name), kind, source=source)

@@ -34,8 +34,8 @@ class Setting:
             raise ValueError(f"name must be letters, digits, dots, dashes (it names a folder), got {self.name!r}")
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
-        if not self.cfg_scale >= 0:
-            raise ValueError(f"cfg_scale must be at least 0 (1 = no guidance), got {self.cfg_scale}")
+        if not 0 <= self.cfg_scale <= 100:
+            raise ValueError(f"cfg_scale must be 0 to 100 (1 = no guidance), got {self.cfg_scale}")
 
 
 @dataclass(frozen=True)

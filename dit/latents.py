@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dit.checkpoint import load_tensors
 from dit.randomness import permutation
 
 
@@ -52,10 +53,8 @@ class LatentDataset:
     """The training latents in memory; `batch(step)` is a pure function of the seed and the step."""
 
     def __init__(self, folder: Path, seed: int, global_batch_size: int):
-        from safetensors.torch import load_file
-
         index = read_index(folder)
-        shards = [load_file(folder / s["file"]) for s in index["shards"] if s["split"] == "train"]
+        shards = [load_tensors(folder / s["file"]) for s in index["shards"] if s["split"] == "train"]
         self.tensors = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
         self.size = len(self.tensors["label"])
         self.mirror: bool = "mean_mirror" in self.tensors

@@ -35,6 +35,8 @@ class EvaluateConfig:
         for name in ("nearest_k", "is_splits", "kid_subsets", "kid_subset_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
         judge = extract(load_classifier(reference / "judge.safetensors"), images)["logits"].argmax(dim=1)
         result[f"class_agreement_{count}"] = float((judge.numpy() == labels).mean())
     return {name: float(value) for name, value in result.items()}
+
+
+def metric_names(classes: bool) -> tuple[str, ...]:
+    """The metrics that `score` gives, without extractor and count."""
+    names = ("fid", "fid_pooled", "kid_pooled", "precision", "recall")
+    return (*names, "inception_score", "class_agreement") if classes else names
 
 
 def short_count(count: int) -> str:

@@ -42,7 +42,9 @@ def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = N
     yaml.width, yaml.preserve_quotes = 120, True
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    before = params.read_text() if params.exists() else ""
+    before = params.read_text() if params.is_file() else ""
+    if before.strip():
+        read_params(params)  # a broken file is told as everywhere else
     document = yaml.load(before) or {}
     for gone in [key for key in document if key not in settings]:
         del document[gone]

@@ -110,9 +110,10 @@ def _recorded(paths: Paths, export: str | None) -> bool:
 
 def _notes(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "work.json").read_text())
+        notes = json.loads((folder / "work.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
+    return notes if isinstance(notes, dict) and "code" in notes else {}
 
 
 def _bring_back(old: Path, folder: Path, code: str) -> None:

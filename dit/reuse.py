@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit.config import read_params
 from dit.paths import Paths, write_atomic
 
 MOST_ENTRIES = 100_000
@@ -72,6 +73,21 @@ def remember(index: Index, digest: str, file: Path, note: Any = None) -> dict[st
     _link(file, index.unfinished / digest)
     write_atomic(index.unfinished / f"{digest}.json", json.dumps(entry).encode())
     return entry
+
+
+def recover(paths: Paths, stage: str, file: Path) -> bool:
+    """Put back the file that dvc.lock records as an output of `stage`, out of DVC's cache; whether that was possible."""
+    try:
+        outs = read_params(paths.root / "dvc.lock")["stages"][stage]["outs"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    recorded = [out["md5"] for out in outs if out.get("path") == file.relative_to(paths.root).as_posix()]
+    for md5 in recorded:
+        kept = cache_folder(paths.root) / md5[:2] / md5[2:]
+        if kept.is_file() and _hash(kept, hashlib.md5(usedforsecurity=False)) == [md5]:
+            write_atomic(file, kept.read_bytes())
+            return True
+    return False
 
 
 def cache_folder(root: Path) -> Path:

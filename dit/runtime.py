@@ -25,6 +25,10 @@ class RunConfig:
         for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_threads > 4 * (os.cpu_count() or 1):
+            raise ValueError(
+                f"num_threads must be at most {4 * (os.cpu_count() or 1)} on this machine, got {self.num_threads}"
+            )
         for name in ("num_threads", "device_batch_size", "preview_every_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -171,8 +171,13 @@ def build_manifest(listing: Listing, data: DataConfig, shards: list[dict[str, An
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a shard stage's folder."""
-    return json.loads((folder / "manifest.json").read_bytes())
+    """manifest.json of a shard stage's folder. Raises ValueError where there is none."""
+    try:
+        return json.loads((folder / "manifest.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        raise ValueError(
+            f"{folder} holds no shards (manifest.json is missing or torn): run the stage `shard`"
+        ) from None
 
 
 def read_shard(path: Path, keep: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -182,10 +187,13 @@ def read_shard(path: Path, keep: Callable[[int], bool] = lambda number: True) ->
     """
     from PIL import Image
 
-    for position, (key, sample) in enumerate(_samples(path)):
-        if keep(position):
-            with Image.open(io.BytesIO(sample["png"]), formats=("PNG",)) as image:
-                yield key, int(sample["cls"]), np.asarray(image)
+    try:
+        for position, (key, sample) in enumerate(_samples(path)):
+            if keep(position):
+                with Image.open(io.BytesIO(sample["png"]), formats=("PNG",)) as image:
+                    yield key, int(sample["cls"]), np.asarray(image)
+    except (KeyError, OSError, EOFError, tarfile.TarError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): run the stage `shard`") from None
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -292,7 +292,9 @@ def read_listing(path: Path) -> Listing:
         rows = [Row(*row) for row in content["rows"]]
         return Listing(content["source"], content["labels"], content["classes"], rows)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): `dvc checkout` it, or delete it to start anew") from None
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it to start anew (all images then count as new)"
+        ) from None
 
 
 def content_hash(content: bytes) -> str:

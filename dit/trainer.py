@@ -57,6 +57,8 @@ class TrainConfig:
         for name in ("warmup_steps", "snapshot_every_steps", "grad_clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
         if not 0 < self.lr < 10:
             raise ValueError(f"lr must be above 0 and below 10, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):

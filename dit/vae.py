@@ -50,6 +50,8 @@ class VaeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.pretrained is not None and not self.pretrained.strip():
+            raise ValueError("pretrained must be null, a folder or a hub id, got an empty text")
         for name in ("layers_per_block", "latent_channels", "norm_num_groups", "max_steps", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -91,7 +93,11 @@ class Autoencoder:
         folder = Path(folder)
         if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
             raise ValueError(f"{folder} is not an autoencoder's folder: {missing[0]} is missing")
-        network = import_diffusers().from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        try:
+            network = import_diffusers().from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        except Exception as error:  # diffusers, safetensors and json each say it in their own way
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"{folder} holds a damaged autoencoder ({told[0]})") from None
         return cls(network.to(device), digest_of(folder))
 
     @torch.no_grad()
@@ -182,6 +188,8 @@ def fetch(pretrained: str, destination: Path) -> None:
     Raises ValueError that says which files to bring, and where, if it is neither here nor to be had.
     """
     source = Path(pretrained)
+    if not source.is_dir() and source.is_absolute():
+        raise ValueError(f"vae.pretrained: the folder {source} is not there")
     if not source.is_dir():
         source = _download(pretrained)
     if not (source / CONFIG).is_file() and (source / "vae").is_dir():  # a whole pipeline's folder

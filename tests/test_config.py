@@ -68,6 +68,15 @@ def test_a_bad_value_is_one_line_with_its_path(values, message):
     assert str(caught.value) == message
 
 
+def test_odd_sections_and_a_folder_are_told_too(tmp_path):
+    with pytest.raises(ValueError, match="1: no such section in params.yaml"):
+        check_sections([stage], {1: 2, "train": {"lr": 1, "max_steps": 1}})
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        read_params(tmp_path)
+    with pytest.raises(ValueError, match="train.lr: "):
+        parse("train", {"lr": float("nan"), "max_steps": 1}, TrainSection)
+
+
 def test_all_faults_are_told_at_once_and_unknown_sections_too():
     with pytest.raises(ValueError) as caught:
         check_sections([stage], {"preset": "x", "trian": {}, "train": {"lr": 0, "max_steps": 1}})
@@ -126,6 +135,18 @@ def test_the_shipped_settings_fit_together(project):
             "held_out_fraction: 0",
             "data.held_out_fraction: 0 leaves nothing to judge the model by",
         ),
+        ("metric: fid", "metric: zz", "register.metric: 'zz' is not among the metrics: use one of fid, fid_pooled"),
+        ("step: null", "step: 7", "ema.step: no average of step 7 is kept"),
+        (
+            "class_dropout_prob: 0.1",
+            "class_dropout_prob: 0",
+            "train.class_dropout_prob: 0 leaves the null label untrained",
+        ),
+        ("max_shift_pixels: 2", "max_shift_pixels: 99", "reference.max_shift_pixels: must be below half"),
+        ("seed: 2020", "seed: -1", "evaluate.seed must be 0 to 4294967295, got -1"),
+        ("num_threads: 1 ", "num_threads: 1000000 ", "run.num_threads must be at most"),
+        ("betas: [0.9, 0.999]", "betas: [1.5, 0.999]", "train.betas must be at least 0 and below 1"),
+        ("weight_decay: 0.0 ", "weight_decay: .nan ", "train.weight_decay: "),
         ("num_images: 1000", "num_images: 3", "sample.num_images: 3 is too few for evaluate.nearest_k 3"),
         ("labels: folder          #", "labels: none #", "data.num_classes must be 0 where labels is none, got 10"),
     ],

@@ -47,6 +47,14 @@ def test_a_dry_run_changes_nothing(params):
     assert "+preset: smoke" in apply("smoke", params, write=False) and params.read_text() == before
 
 
+@pytest.mark.parametrize("text", ["a:\n\tb: 1", "train: {}\ntrain: {}", "[1]"])
+def test_a_broken_file_is_a_line_and_stays_as_it_is(params, text):
+    params.write_text(text)
+    with pytest.raises(ValueError, match="params.yaml") as caught:
+        apply("smoke", params)
+    assert "\n" not in str(caught.value) and params.read_text() == text
+
+
 def test_an_unknown_name_lists_the_known_ones(params):
     with pytest.raises(ValueError, match="preset 'smok' does not exist: choose one of digits, smoke, xl2"):
         apply("smok", params)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,16 @@ def test_recorded_and_raised_goes_on(paths):
 def test_lowered_below_what_was_done_starts_afresh(paths):
     trained(paths, 10)
     assert resume.begin(paths, "abc", max_steps=5).state is None
+
+
+def test_what_was_just_set_aside_is_not_pruned(paths):
+    trained(paths, 4)
+    os.utime(paths.scratch / "train" / "abc", (0, 0))
+    for number in range(3):
+        trained(paths, 4, f"n{number}")
+    (paths.root / "model.py").write_text("two")
+    resume.begin(paths, "abc", max_steps=10)
+    assert (paths.scratch / "train" / "abc.1").exists()
 
 
 def test_changed_code_starts_afresh_and_says_how_to_go_on(paths, capsys, monkeypatch):

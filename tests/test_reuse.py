@@ -174,3 +174,19 @@ def test_with_dvc_itself_a_changed_stage_gets_its_old_file_back(tmp_path, link):
     assert all(file.stat().st_mode & 0o222 == 0 for file in cached)  # nobody got a writable handle on them
     if link.endswith("copy"):
         assert not os.path.samefile(tmp_path / "out/big", max(cached, key=lambda file: file.stat().st_size))
+
+
+def test_what_dvc_recorded_comes_back(tmp_path):
+    paths, file = Paths(tmp_path), tmp_path / "artifacts" / "scan" / "listing.json"
+    md5 = hashlib.md5(b"history").hexdigest()
+    kept = tmp_path / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+    assert not reuse.recover(paths, "scan", file)
+    (tmp_path / "dvc.lock").write_text(
+        f"stages: {{scan: {{outs: [{{path: artifacts/scan/listing.json, md5: {md5}}}]}}}}\n"
+    )
+    assert not reuse.recover(paths, "scan", file)
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"harmed")
+    assert not reuse.recover(paths, "scan", file) and not file.exists()
+    kept.write_bytes(b"history")
+    assert reuse.recover(paths, "scan", file) and file.read_bytes() == b"history"

@@ -4,6 +4,9 @@ The floor `heldout` is real images that the model never saw; `reconstruction` is
 autoencoder, which no model on its latents can be expected to beat.
 """
 
+import zipfile
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -31,8 +34,7 @@ def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
     }
     settings, count = {}, 0
     for folder in sorted((paths.artifacts / "sample").iterdir()):
-        with np.load(folder / "samples.npz") as file:
-            images, labels = file["arr_0"], file["labels"]
+        images, labels = read_samples(folder / "samples.npz")
         count = len(images)
         settings[folder.name] = score(images, labels, reference.folder, evaluate)
     told = {"extractor": reference.extractor, "reference": reference.digest, "num_images": count}
@@ -46,6 +48,15 @@ def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
         mirror.metrics(settings | {f"floor_{name}": row for name, row in floors.items()})
         for name in settings:
             mirror.artifact(f"samples/{name}.png", paths.artifacts / "sample" / name / "grid.png")
+
+
+def read_samples(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, H, W, 3) and labels (N,) of a samples.npz. Raises ValueError where it is damaged."""
+    try:
+        with np.load(file) as content:
+            return content["arr_0"], content["labels"]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}): run the stage `sample`") from None
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -32,7 +32,10 @@ def sample(sample: SampleConfig, run: RunConfig, *, paths: Paths) -> None:
         require_sampler(setting, checkpoint.config["objective"]["name"], checkpoint.model.num_classes)
     autoencoder = Autoencoder.load(paths.artifacts / "vae", device)
     weights = file_sha256(paths.artifacts / "ema" / "model.safetensors")
-    drawn = {setting.name: paths.scratch / "sample" / _name(setting, sample, weights, checkpoint) for setting in sample.settings}
+    drawn = {
+        setting.name: paths.scratch / "sample" / _name(setting, sample, weights, checkpoint)
+        for setting in sample.settings
+    }
     _forget_others(paths.scratch / "sample", set(drawn.values()))
     with publish(paths.artifacts / "sample", paths.scratch) as folder:
         for setting in sample.settings:
@@ -47,7 +50,15 @@ def sample(sample: SampleConfig, run: RunConfig, *, paths: Paths) -> None:
 
 def _name(setting: Setting, sample: SampleConfig, weights: str, checkpoint: Checkpoint) -> str:
     """A name for these very images; how many of them are drawn is no part of it, nor are the other settings."""
-    told = [asdict(setting), sample.seed, sample.labels, sample.block_images, weights, checkpoint.config, torch.__version__]
+    told = [
+        asdict(setting),
+        sample.seed,
+        sample.labels,
+        sample.block_images,
+        weights,
+        checkpoint.config,
+        torch.__version__,
+    ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from dit import entry
+from dit import entry, reuse
 from dit.paths import Paths, write_atomic
 from dit.progress import Progress
 from dit.sources import (
@@ -38,7 +38,7 @@ READERS = 8  # files are read in parallel for the sake of slow disks; a local on
 def scan(data: DataConfig, *, paths: Paths) -> None:
     """List the source in artifacts/scan/listing.json, which stays as it is where nothing changed."""
     file = paths.artifacts / "scan" / "listing.json"
-    before = read_listing(file) if file.exists() else None
+    before = last_listing(paths, file)
     found = list_images(data)
     hashes = _content_hashes(data, found.images, paths.scratch / "scan")
     listing = succeed(before, data, found, hashes)
@@ -46,6 +46,23 @@ def scan(data: DataConfig, *, paths: Paths) -> None:
     if before is None or file.read_bytes() != content:
         write_atomic(file, content)
     print(summary(before, listing, found.others))
+
+
+def last_listing(paths: Paths, file: Path) -> Listing | None:
+    """What scan wrote last, which is the history of the images: without it every shard would be cut anew.
+
+    Where the file is gone or damaged it is taken out of DVC's cache. None where there is no history at all. Raises
+    ValueError where it is damaged and cannot be had back.
+    """
+    try:
+        return read_listing(file)
+    except (FileNotFoundError, ValueError) as error:
+        if reuse.recover(paths, "scan", file):
+            print("the last listing was missing or damaged: it came back from DVC's cache")
+            return read_listing(file)
+        if isinstance(error, FileNotFoundError):
+            return None
+        raise
 
 
 def succeed(before: Listing | None, data: DataConfig, found: Found, hashes: dict[str, str]) -> Listing:
