@@ -38,7 +38,10 @@ def ensure(
     folder = folder_of(root)
     found = {name: service for name in names if (service := services.find(folder, name))}
     ports = {name: _port(name) for name in names if name not in found}
+    if len(set(ports.values())) < len(ports):
+        raise ValueError(f"PREFECT_PORT and MLFLOW_PORT are both {next(iter(ports.values()))}: they must differ")
     for name, port in ports.items():
+        services.end_orphans(folder, port)
         if who := services.holder(port):
             raise ValueError(f"port {port} is taken by {who}: end it, or choose another with {name.upper()}_PORT=...")
     if ports:

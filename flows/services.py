@@ -5,6 +5,7 @@ those written down: numbers are used again. Every process below it carries the f
 which also those are found whose parent was killed.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -119,6 +120,18 @@ def wait_gone(pids: list[int], seconds: float) -> list[int]:
     while (left := [pid for pid in pids if _started(pid) is not None]) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def end_orphans(folder: Path, port: int) -> None:
+    """End what a killed service of this folder left listening on a port: its own child, that nobody looks after now."""
+    ours = marked(folder)
+    with contextlib.suppress(psutil.Error):
+        listening = {
+            c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+        }
+        orphans = [pid for pid in listening if pid in ours]
+        signal_each(orphans, signal.SIGKILL)
+        wait_gone(orphans, 5)
 
 
 def holder(port: int) -> str | None:

@@ -179,3 +179,27 @@ def test_mlflows_server_really_starts_and_answers_for_this_store(root):
     services.end(servers.folder_of(root), server)
     until(lambda: not services.marked(servers.folder_of(root)), 10)
     assert services.holder(server.port) is None
+
+
+FATHERLESS = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", CODE, sys.argv[1]])
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_server_left_behind_does_not_keep_its_port(root, monkeypatch):
+    """MLflow's server is a parent and a child that listens: a kill -9 of the parent leaves the child."""
+    run_instead(monkeypatch, f"CODE = {HEALTHY!r}\n{FATHERLESS}")
+    first = servers.ensure(root, ("mlflow",), [], print)["mlflow"]
+    os.kill(first.pid, 9)
+    services.wait_gone([first.pid], 5)
+    assert servers.answers(first), "the child is gone as well: nothing is tested"
+    second = servers.ensure(root, ("mlflow",), [], print)["mlflow"]
+    assert second.pid != first.pid and servers.answers(second)
+
+
+def test_both_servers_on_one_port_are_refused(root, monkeypatch):
+    monkeypatch.setenv("PREFECT_PORT", os.environ["MLFLOW_PORT"])
+    with pytest.raises(ValueError, match="PREFECT_PORT and MLFLOW_PORT are both .*: they must differ"):
+        servers.ensure(root, servers.NAMES, [], print)
