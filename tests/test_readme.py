@@ -26,7 +26,18 @@ def test_every_path_of_the_tree_exists():
 
 def test_every_room_is_in_the_tree():
     for file in (ROOT / "dit").glob("*.py"):
-        small = {"__init__", "paths", "randomness", "progress", "schedule", "grids", "torchvision_cpu", "store", "outbox", "provenance"}
+        small = {
+            "__init__",
+            "paths",
+            "randomness",
+            "progress",
+            "schedule",
+            "grids",
+            "torchvision_cpu",
+            "store",
+            "outbox",
+            "provenance",
+        }
         assert file.stem in small or file.name in TEXT, f"README's tree lacks {file.name}"
 
 
