@@ -180,7 +180,9 @@ def test_killed_while_training_and_run_again_equals_uninterrupted(copy, victim, 
     until(ended, 120)
     assert again.returncode == 0, again.stdout.read().decode()
     printed = again.stdout.read()
-    assert max(counts) == 1 or b"waiting for process" in printed, "two trainers at a time"
+    # After DVC's death the old stage may still be saving while the new one starts: only its lock makes that one trainer
+    # (test_entry.py), so processes are counted where the old one is gone.
+    assert victim == "dvc" or max(counts) == 1, "two trainers at a time"
     assert b"going on at step" in printed
     repro(whole, "train")
     for name in ("model.safetensors", "ema/step-00001500.safetensors", "loss.csv"):
