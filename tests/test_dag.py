@@ -103,7 +103,7 @@ def test_a_stage_that_was_interrupted_from_outside_is_no_success(scanned):
 
     result = dag.run_stage("train", scanned, interrupt_it)
     assert (result.status, result.message) == ("interrupted", "interrupted at step 3")
-    assert "saved" in lines
+    assert "saved" in "\n".join(lines)
 
 
 def test_an_interruption_lets_the_stage_save_and_leaves_no_process(scanned):
@@ -122,7 +122,8 @@ def test_an_interruption_lets_the_stage_save_and_leaves_no_process(scanned):
         dag.run_stage("train", scanned, stop_when_it_trains)
     assert not processes_in(scanned)
     assert time.monotonic() - began < 10
-    assert lines.index("saving") < lines.index("saved")
+    said = "\n".join(lines)  # DVC and its stage write to one pipe: a word of DVC's may stand before one of the stage's
+    assert 0 <= said.find("saving") < said.find("saved"), said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
