@@ -44,7 +44,8 @@ def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = N
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     before = params.read_text() if params.is_file() else ""
     if before.strip():
-        read_params(params)  # a broken file is told as everywhere else
+        if read_params(params) == settings:
+            return ""
     document = yaml.load(before) or {}
     for gone in [key for key in document if key not in settings]:
         del document[gone]
@@ -59,21 +60,12 @@ def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = N
     stream = StringIO()
     yaml.dump(document, stream)
     after = stream.getvalue()
-    if read_params_text(before) == read_params_text(after):
-        return ""
     if write:
         write_atomic(params, after.encode())
     lines = difflib.unified_diff(
         before.splitlines(), after.splitlines(), "params.yaml", f"params.yaml ({name})", lineterm="", n=0
     )
     return "\n".join(line for line in lines if not line.startswith("@@"))
-
-
-def read_params_text(text: str) -> Any:
-    """The values in a YAML text, comments and layout apart."""
-    from ruamel.yaml import YAML
-
-    return YAML(typ="safe", pure=True).load(text)
 
 
 def _set(mapping: Any, key: str, value: Any) -> None:

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import checkout
 import psutil
 import pytest
 from checkout import ran, repro, stale
 from safetensors.torch import load_file
+from toy_pipeline import until
 
 from dit.check import STAGES
 
@@ -121,14 +121,6 @@ def start(folder):
     )
 
 
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
-    return found
-
-
 def stages_in(folder):
     """Processes that run a stage in this folder."""
     found = []
@@ -155,7 +147,7 @@ def start_and_wait_for_a_state(folder):
     """`dvc repro`, and the first state that its training has saved."""
     before = states(folder)
     dvc = start(folder)
-    until(lambda: states(folder) - before)
+    until(lambda: states(folder) - before, seconds=60)
     return dvc
 
 
