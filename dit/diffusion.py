@@ -1,4 +1,5 @@
-"""Discrete-time Gaussian diffusion (DDPM, arXiv 2006.11239; learned range of variances, arXiv 2102.09672).
+"""Discrete-time Gaussian diffusion (DDPM, arXiv 2006.11239; learned variances, arXiv 2102.09672): one chain's
+distributions, what the network's output means in it, its losses and its bound.
 
 Integer steps t = 0 (cleanest) .. T-1 (noisiest). A chain may be respaced to fewer steps; the network is then asked
 at the original indices. Tables are float64; what is gathered from them is float32.
@@ -6,24 +7,50 @@ at the original indices. Tables are float64; what is gathered from them is float
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000
+from dit.timesteps import NUM_TIMESTEPS, cosine_betas, linear_betas, space_timesteps
+
+Schedule = Literal["linear", "cosine"]
+Prediction = Literal["epsilon", "x", "v"]
+Variance = Literal["learned_range", "learned", "fixed_large", "fixed_small"]
+Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 
 
-def linear_betas(num_timesteps: int = NUM_TIMESTEPS) -> Tensor:
-    """The linear schedule of DDPM, scaled so that any number of steps ends at about the same noise; float64."""
-    scale = 1000 / num_timesteps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What the network predicts, and how it is asked to. The defaults are DiT's."""
+
+    schedule: Schedule = "linear"
+    prediction: Prediction = (
+        "epsilon"  # the noise; the clean latents; v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x
+    )
+    variance: Variance = "learned_range"
+    loss: Loss = "mse"
+
+    def __post_init__(self) -> None:
+        choices = {"schedule": Schedule, "prediction": Prediction, "variance": Variance, "loss": Loss}
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network gives C more channels, for the variance."""
+        return self.variance in ("learned_range", "learned")
 
 
 class Diffusion:
     """The tables of one chain: `betas` (T,) float64, and `timestep_map` (T,), the original index of each step."""
 
-    def __init__(self, betas: Tensor, timestep_map: Tensor | None = None):
-        self.betas = betas
+    def __init__(
+        self, betas: Tensor, timestep_map: Tensor | None = None, config: DiffusionConfig = DiffusionConfig()
+    ) -> None:
+        self.betas, self.config = betas, config
         self.num_timesteps = len(betas)
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
         self.timestep_map = torch.arange(self.num_timesteps) if timestep_map is None else timestep_map
@@ -31,6 +58,7 @@ class Diffusion:
         self.alphas_bar = alphas.cumprod(0)
         one = torch.ones(1, dtype=torch.float64)
         self.alphas_bar_prev = torch.cat([one, self.alphas_bar[:-1]])
+        self.alphas_bar_next = torch.cat([self.alphas_bar[1:], 0 * one])
         self.sqrt_alphas_bar = self.alphas_bar.sqrt()
         self.sqrt_one_minus_alphas_bar = (1 - self.alphas_bar).sqrt()
         self.sqrt_reciprocal_alphas_bar = (1 / self.alphas_bar).sqrt()
@@ -38,8 +66,9 @@ class Diffusion:
         self.log_betas = betas.log()
         # q(x_{t-1} | x_t, x) = N(coef1 x + coef2 x_t, variance), DDPM equations 6 and 7
         self.posterior_variance = betas * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
-        clipped = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])  # the first is 0: no log
-        self.posterior_log_variance = clipped.log()
+        second = self.posterior_variance[1:2]  # stands in for the first, which is 0 and has no log
+        self.posterior_log_variance = torch.cat([second, self.posterior_variance[1:]]).log()
+        self.large_log_variance = torch.cat([second, betas[1:]]).log()
         self.posterior_coef1 = betas * self.alphas_bar_prev.sqrt() / (1 - self.alphas_bar)
         self.posterior_coef2 = (1 - self.alphas_bar_prev) * alphas.sqrt() / (1 - self.alphas_bar)
 
@@ -63,35 +92,88 @@ class Diffusion:
         """The mean of q(x_{t-1} | x_t, x)."""
         return self.at("posterior_coef1", t) * x + self.at("posterior_coef2", t) * x_t
 
-    def predict_x(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Clean latents from predicted noise."""
-        return self.at("sqrt_reciprocal_alphas_bar", t) * x_t - self.at("sqrt_reciprocal_alphas_bar_less_1", t) * eps
+    def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict. v: arXiv 2202.00512, appendix D."""
+        match self.config.prediction:
+            case "epsilon":
+                return noise
+            case "x":
+                return x
+            case "v":
+                return self.at("sqrt_alphas_bar", t) * noise - self.at("sqrt_one_minus_alphas_bar", t) * x
+
+    def predict_x(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """Clean latents from the network's prediction."""
+        match self.config.prediction:
+            case "epsilon":
+                r, r_less_1 = self.at("sqrt_reciprocal_alphas_bar", t), self.at("sqrt_reciprocal_alphas_bar_less_1", t)
+                return r * x_t - r_less_1 * prediction
+            case "x":
+                return prediction
+            case "v":
+                return self.at("sqrt_alphas_bar", t) * x_t - self.at("sqrt_one_minus_alphas_bar", t) * prediction
+
+    def noise_between(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that leads from clean latents x to x_t."""
+        return (x_t - self.at("sqrt_alphas_bar", t) * x) / self.at("sqrt_one_minus_alphas_bar", t)
+
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> tuple[Tensor, Tensor]:
+        """Clean latents and noise from the network's output; with `clip`, of latents held within [-1, 1]."""
+        prediction = output[:, : x_t.shape[1]]
+        x = self.predict_x(x_t, t, prediction)
+        if clip:
+            x = x.clamp(-1, 1)
+        elif self.config.prediction == "epsilon":
+            return x, prediction
+        return x, self.noise_between(x, x_t, t)
+
+    def log_variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """log of the variance of p(x_{t-1} | x_t), (N, C, H, W).
+
+        learned_range interpolates between the posterior's (v = -1) and beta (v = +1): arXiv 2102.09672, equation 15.
+        Raises ValueError where it is learned and the output has no channels for it.
+        """
+        if not self.config.learns_variance:
+            name = "large_log_variance" if self.config.variance == "fixed_large" else "posterior_log_variance"
+            return self.at(name, t).expand_as(x_t)
+        v = require_variance(output, x_t.shape[1], self.config)[:, x_t.shape[1] :]
+        if self.config.variance == "learned":
+            return v
+        fraction = (v + 1) / 2
+        return fraction * self.at("log_betas", t) + (1 - fraction) * self.at("posterior_log_variance", t)
 
     def p_mean_log_variance(
         self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """p(x_{t-1} | x_t) from the network's 2C channels: mean, log variance, predicted x, each (N, C, H, W).
+        """p(x_{t-1} | x_t) from the network's output: mean, log variance, predicted x, each (N, C, H, W).
 
-        The log variance is interpolated between those of the posterior (v = -1) and beta (v = +1): arXiv 2102.09672,
-        equation 15.
+        The output has 2C channels where the variance is learned; else its first C count.
         """
-        eps, v = output.chunk(2, dim=1)
-        fraction = (v + 1) / 2
-        log_variance = fraction * self.at("log_betas", t) + (1 - fraction) * self.at("posterior_log_variance", t)
-        x = self.predict_x(x_t, t, eps)
+        log_variance = self.log_variance(output, x_t, t)
+        x = self.predict_x(x_t, t, output[:, : x_t.shape[1]])
         if clip:
             x = x.clamp(-1, 1)
         return self.posterior_mean(x, x_t, t), log_variance, x
 
     def loss(self, output: Tensor, x: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """MSE on the noise plus the variational bound in bits per dimension, each (N,); their sum is `loss`.
+        """The configured loss (N,) as `loss`, and its parts `mse` and `vb`, the bound's term in bits per dimension.
 
-        The bound trains the variance alone: the mean's part is detached (arXiv 2102.09672, section 3.1), and it has
-        weight 1, as DiT was trained.
+        mse: the squared error of the prediction and, where the variance is learned, the bound. It trains the variance
+        alone: the mean's part is detached (arXiv 2102.09672, section 3.1), and it has weight 1, as DiT was trained,
+        or T / 1000 (rescaled_mse: a respaced chain's bound weighs as the full one's does). kl: the bound alone, and
+        rescaled_kl T times that, an estimate of the whole bound.
         """
-        eps, v = output.chunk(2, dim=1)
-        mse = (noise - eps).square().mean(dim=(1, 2, 3))
-        vb = self.bits(torch.cat([eps.detach(), v], dim=1), x, x_t, t)
+        if self.config.loss in ("kl", "rescaled_kl"):
+            vb = self.bits(output, x, x_t, t)
+            return {"loss": vb * self.num_timesteps if self.config.loss == "rescaled_kl" else vb, "vb": vb}
+        C = x.shape[1]
+        prediction = output[:, :C]
+        mse = (self.target(x, noise, t) - prediction).square().mean(dim=(1, 2, 3))
+        if not self.config.learns_variance:
+            return {"loss": mse, "mse": mse}
+        vb = self.bits(torch.cat([prediction.detach(), output[:, C:]], dim=1), x, x_t, t)
+        if self.config.loss == "rescaled_mse":
+            vb = vb * (self.num_timesteps / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def bits(self, output: Tensor, x: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
@@ -101,6 +183,23 @@ class Diffusion:
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         nll = -discretized_gaussian_log_likelihood(x, mean, 0.5 * log_variance)
         return torch.where(t == 0, nll.mean(dim=(1, 2, 3)), kl.mean(dim=(1, 2, 3))) / math.log(2)
+
+    def prior_bits(self, x: Tensor) -> Tensor:
+        """KL(q(x_{T-1} | x) || N(0, 1)), (N,) bits per dimension: the bound's term that no network changes."""
+        t = torch.full((len(x),), self.num_timesteps - 1, device=x.device)
+        log_variance = (1 - self.at("alphas_bar", t)).log()
+        kl = gaussian_kl(self.at("sqrt_alphas_bar", t) * x, log_variance, torch.zeros_like(x), torch.zeros_like(x))
+        return kl.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def require_variance(output: Tensor, channels: int, config: DiffusionConfig) -> Tensor:
+    """The output, if it has the channels for a learned variance. Raises ValueError if not."""
+    if output.shape[1] != 2 * channels:
+        raise ValueError(
+            f"objective.diffusion.variance {config.variance!r} needs {2 * channels} output channels and the network has "
+            f"{output.shape[1]}: set model.learn_sigma to true, or the variance to fixed_large or fixed_small"
+        )
+    return output
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -128,42 +227,19 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
 
 
-def space_timesteps(num_timesteps: int, spec: str) -> list[int]:
-    """The steps that a respaced chain keeps, sorted.
-
-    `spec`: "" (all), "250" (one section of 250), "10,15,20" (sections of equal length, so many steps of each), or
-    "ddim25" (a constant integer stride from 0). Raises ValueError where a section is too short or no stride fits.
-    """
-    if not spec:
-        return list(range(num_timesteps))
-    if spec.startswith("ddim"):
-        count = int(spec.removeprefix("ddim"))
-        for stride in range(1, num_timesteps + 1):
-            if len(range(0, num_timesteps, stride)) == count:
-                return list(range(0, num_timesteps, stride))
-        raise ValueError(f"no whole stride gives {count} of {num_timesteps} steps")
-    counts = [int(part) for part in spec.split(",")]
-    size, extra = divmod(num_timesteps, len(counts))
-    steps, start = set(), 0
-    for section, count in enumerate(counts):
-        length = size + (section < extra)
-        if count > length:
-            raise ValueError(f"a section of {length} steps cannot give {count}")
-        stride = 1.0 if count <= 1 else (length - 1) / (count - 1)
-        position = 0.0
-        for _ in range(count):
-            steps.add(start + round(position))
-            position += stride  # added up and not multiplied: the rounding of published chains depends on it
-        start += length
-    return sorted(steps)
-
-
 def respace(diffusion: Diffusion, steps: Iterable[int]) -> Diffusion:
     """The chain that visits only `steps` of `diffusion`, with the same marginals there."""
     kept = torch.tensor(sorted(steps))
     alphas_bar = diffusion.alphas_bar[kept]
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
-    return Diffusion(1 - alphas_bar / previous, diffusion.timestep_map[kept])
+    return Diffusion(1 - alphas_bar / previous, diffusion.timestep_map[kept], diffusion.config)
+
+
+def chain(config: DiffusionConfig = DiffusionConfig(), spacing: str = "") -> Diffusion:
+    """The chain of this configuration, of all 1000 steps or those that `spacing` keeps (see `space_timesteps`)."""
+    betas = linear_betas() if config.schedule == "linear" else cosine_betas()
+    full = Diffusion(betas, config=config)
+    return respace(full, space_timesteps(NUM_TIMESTEPS, spacing)) if spacing else full
 
 
 def training_loss(
@@ -174,7 +250,38 @@ def training_loss(
     t: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Loss (N,) of the network at steps t (N,) for clean latents x (N, C, H, W) and labels y (N,)."""
+    """Loss (N,) of the network at steps t (N,) for clean latents x (N, C, H, W) and conditions y (N, ...)."""
     x_t = diffusion.q_sample(x, t, noise)
     output = model(x_t, diffusion.original(t), y)
     return diffusion.loss(output.float(), x, x_t, noise, t)["loss"]
+
+
+@torch.no_grad()
+def bits_per_dim(
+    diffusion: Diffusion,
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    noise: Callable[[], Tensor],
+    clip: bool = True,
+) -> dict[str, Tensor]:
+    """The variational bound of clean latents x (N, C, H, W), in bits per dimension: DDPM equation 5.
+
+    `model(x_t, t)` takes one original step t for the whole batch, a scalar tensor; `noise()` gives standard normal
+    like x, once a step, from the noisiest to the cleanest. Returns `total` (N,) = `prior` (N,) + the sum of `vb`
+    (N, T), and the mean squared errors of the predicted latents, `x_mse`, and noise, `mse` (N, T): column j is of step
+    t = T-1-j. The network's term at t = 0 takes x for an image of 8 bits within [-1, 1]: for latents the number
+    compares models of the same latents, and nothing else.
+    """
+    terms: dict[str, list[Tensor]] = {"vb": [], "x_mse": [], "mse": []}
+    for step in reversed(range(diffusion.num_timesteps)):
+        t = torch.full((len(x),), step, device=x.device)
+        eps = noise()
+        x_t = diffusion.q_sample(x, t, eps)
+        output = model(x_t, diffusion.original(t)[0]).float()
+        predicted_x, predicted_noise = diffusion.predict(output, x_t, t, clip)
+        terms["vb"].append(diffusion.bits(output, x, x_t, t, clip))
+        terms["x_mse"].append((predicted_x - x).square().mean(dim=(1, 2, 3)))
+        terms["mse"].append((predicted_noise - eps).square().mean(dim=(1, 2, 3)))
+    columns = {name: torch.stack(values, dim=1) for name, values in terms.items()}
+    prior = diffusion.prior_bits(x)
+    return {"total": prior + columns["vb"].sum(dim=1), "prior": prior, **columns}
