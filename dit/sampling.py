@@ -1,4 +1,4 @@
-"""Samplers and guidance, as plain functions `(model, x, times, ...) -> x`.
+"""Samplers of ODEs, and guidance, as plain functions `(model, x, times, ...) -> x`.
 
 `model(x, t)` takes x (N, C, H, W) and one time t for the whole batch, a scalar tensor; `guided` makes such a function
 of a network and labels.
@@ -9,24 +9,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit.diffusion import Diffusion
-
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
-def guided(network: Callable[[Tensor, Tensor, Tensor], Tensor], y: Tensor, null_label: int, cfg_scale: float) -> Model:
-    """Classifier-free guidance (arXiv 2207.12598): uncond + cfg_scale (cond - uncond), on the C predicted channels.
+def guided(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    y: Tensor,
+    null: Tensor | int,
+    cfg_scale: float,
+    *,
+    channels: int | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    clock: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Model:
+    """Classifier-free guidance (arXiv 2207.12598): uncond + cfg_scale (cond - uncond), for conditions y.
 
-    A scale of 1 is the plain network. Else both halves go through one call of twice the batch; variance channels,
-    where the network has them, stay the conditional ones.
+    y: labels (N,) or embeddings (N, L, E); null: what stands for no condition, shaped as y or one label for all. Both
+    halves go through one call of twice the batch. `channels`: how many of x's channels are guided (all where None; the
+    published code guides 3); the others, and variance channels, stay the conditional ones. `interval`: the times
+    (arXiv 2404.07724), by `clock` from the sampler's to 0 (noise) to 1 (data), at which there is guidance; elsewhere,
+    and with a scale of 1, the plain network is called, with N.
     """
-    if cfg_scale == 1:
-        return lambda x, t: network(x, t.expand(len(x)), y)
-    labels = torch.cat([y, torch.full_like(y, null_label)])
+    low, high = interval
+    conditions = torch.cat([y, torch.as_tensor(null).to(y).expand_as(y)])
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        cond, uncond = network(torch.cat([x, x]), t.expand(2 * len(x)), labels).chunk(2)
-        C = x.shape[1]
+        everywhere = low <= 0 and high >= 1  # no question to the device then
+        if cfg_scale == 1 or not (everywhere or low <= float(clock(t)) <= high):
+            return network(x, t.expand(len(x)), y)
+        cond, uncond = network(torch.cat([x, x]), t.expand(2 * len(x)), conditions).chunk(2)
+        C = x.shape[1] if channels is None else channels
         return torch.cat([uncond[:, :C] + cfg_scale * (cond[:, :C] - uncond[:, :C]), cond[:, C:]], dim=1)
 
     return model
@@ -49,28 +61,25 @@ def heun(velocity: Model, x: Tensor, times: Tensor) -> Tensor:
     return x
 
 
-def ancestral(model: Model, x: Tensor, diffusion: Diffusion, noise: Callable[[], Tensor], clip: bool = False) -> Tensor:
-    """DDPM's sampler: x_{t-1} drawn from p(x_{t-1} | x_t), from the chain's last step to its first.
+def dopri5(
+    velocity: Model,
+    x: Tensor,
+    t0: float,
+    t1: float,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    *,
+    overshoot: bool = False,
+) -> Tensor:
+    """Dormand and Prince's method of order 5 for dx/dt = velocity(x, t) from t0 to t1, by torchdiffeq.
 
-    `noise()` gives standard normal (N, C, H, W); it is called at every step, the last (where it has weight 0) too.
+    Its steps are as long as the estimated error, a root mean square over the whole batch against atol + rtol |x|,
+    allows: a sample depends, within these tolerances, on what it is drawn with, and evaluations are not known before.
+    The last step lands on t1; with `overshoot` it runs past t1 and the state there is interpolated, as in the published
+    code, which asks a network for times that it was not trained on (and on VP, past t = 1, for a root of less than 0).
     """
-    for step in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((len(x),), step, device=x.device)
-        output = model(x, diffusion.original(t)[0]).float()
-        mean, log_variance, _ = diffusion.p_mean_log_variance(output, x, t, clip)
-        x = mean + (step != 0) * (0.5 * log_variance).exp() * noise()
-    return x
+    from torchdiffeq import odeint
 
-
-def ddim(model: Model, x: Tensor, diffusion: Diffusion, clip: bool = False) -> Tensor:
-    """DDIM's deterministic sampler (arXiv 2010.02502, equation 12 with eta = 0)."""
-    for step in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((len(x),), step, device=x.device)
-        eps = model(x, diffusion.original(t)[0]).float()[:, : x.shape[1]]
-        clean = diffusion.predict_x(x, t, eps)
-        if clip:  # the noise that leads from the clipped prediction to x_t
-            clean = clean.clamp(-1, 1)
-            eps = (x - diffusion.at("sqrt_alphas_bar", t) * clean) / diffusion.at("sqrt_one_minus_alphas_bar", t)
-        previous = diffusion.at("alphas_bar_prev", t)
-        x = previous.sqrt() * clean + (1 - previous).sqrt() * eps
-    return x
+    times = torch.tensor([t0, t1], dtype=x.dtype, device=x.device)
+    options = {} if overshoot else {"step_t": times[1:].double()}
+    return odeint(lambda t, x: velocity(x, t), x, times, method="dopri5", rtol=rtol, atol=atol, options=options)[-1]
