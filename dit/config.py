@@ -103,14 +103,27 @@ def _explain(section: str, kind: type, fault: dict[str, Any]) -> str:
     where = ".".join([section, *(str(part) for part in fault["loc"])])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        parent = where.rpartition(".")[0]
-        known = [field.name for field in fields(kind)] if parent == section else []
-        return f"{where}: no such setting{_nearest(str(fault['loc'][-1]), known, parent + '.')}"
+        owner = _section_at(kind, fault["loc"][:-1])
+        known = [field.name for field in fields(owner)] if owner else []
+        return f"{where}: no such setting{_nearest(str(fault['loc'][-1]), known, where.rpartition('.')[0] + '.')}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{where}: setting missing"
     if fault["type"] == "value_error":  # raised by the dataclass itself: starts with the field's name
         return f"{where}.{message}"
+    if fault["type"].startswith("dataclass"):
+        return f"{where}: expected settings below it, got {fault['input']!r}"
     return f"{where}: {message[0].lower()}{message[1:]}, got {fault['input']!r}"
+
+
+def _section_at(kind: type, place: tuple[Any, ...]) -> type | None:
+    """The dataclass of the nested settings at `place`: ("transport",), or ("settings", 0) for one of a list."""
+    for name in place:
+        if isinstance(name, str):
+            hint = get_type_hints(kind).get(name)
+            kind = next((part for part in (hint, *getattr(hint, "__args__", ())) if is_dataclass(part)), None)
+            if kind is None:
+                return None
+    return kind
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -92,9 +92,9 @@ def _md5(file: Path) -> str:
 
 
 def clean(paths: Paths) -> int:
-    """Delete the state of every training and return the bytes freed. The caller holds the stage's lock."""
+    """Delete the state of every training, and fetched weights; return the bytes freed. The caller holds the lock."""
     freed = 0
-    for folder in (paths.scratch / "train").glob("*"):
+    for folder in [*(paths.scratch / "train").glob("*"), *(paths.scratch / "initial").glob("*")]:
         freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         shutil.rmtree(folder)
     return freed

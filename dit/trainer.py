@@ -9,15 +9,18 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit import diffusion, ema, transport
-from dit.checkpoint import TrainingState, build, network_config
-from dit.latents import LatentDataset, draw
+from dit import ema
+from dit.alignment import new_projector, require_alignment
+from dit.checkpoint import TrainingState, network_config
+from dit.latents import LatentDataset, draw, pick_features
+from dit.learner import Learner
 from dit.model import DiT
+from dit.objective import ObjectiveConfig, loss_of, times
 from dit.progress import Progress
 from dit.randomness import generator
 from dit.runtime import RunConfig, autocast
@@ -25,17 +28,10 @@ from dit.schedule import warmup_cosine
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """What the network learns: noise of a discrete chain (DiT), or the velocity of the linear path (SiT)."""
-
-    name: Literal["diffusion", "transport"]
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Everything about training that changes the weights."""
 
-    max_steps: int
+    max_steps: int  # 0, where init_from is set: its weights pass straight on
     global_batch_size: int
     lr: float
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -46,14 +42,21 @@ class TrainConfig:
     class_dropout_prob: float = 0.1
     ema_decay: float = 0.9999
     ema_warmup: bool = False
-    snapshot_every_steps: int = 0  # EMA weights kept along the way; 0 = only the last
+    power_ema: tuple[float, ...] = ()  # relative widths of power-function averages, kept at every snapshot
+    snapshot_every_steps: int = 0  # averages kept along the way; 0 = only the last
+    init_from: str | None = None  # a checkpoint folder, models:/NAME@ALIAS or models:/NAME/VERSION; null = drawn
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps < (self.init_from is None):
+            least = "at least 1 (0 is for train.init_from)" if self.init_from is None else "0 or more"
+            raise ValueError(f"max_steps must be {least}, got {self.max_steps}")
+        if self.global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
+        if self.init_from is not None and not self.init_from.strip():
+            raise ValueError("init_from must be null, a checkpoint folder or models:/NAME@ALIAS, got an empty text")
+        self._check_power_ema()
         for name in ("warmup_steps", "snapshot_every_steps", "grad_clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -67,6 +70,17 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
+    def _check_power_ema(self) -> None:
+        for width in self.power_ema:
+            if not 0 < width < ema.SIGMA_REL_LIMIT:
+                raise ValueError(
+                    f"power_ema must be above 0 and below {ema.SIGMA_REL_LIMIT:.4f}, got {list(self.power_ema)}"
+                )
+        if len(set(self.power_ema)) < len(self.power_ema):
+            raise ValueError(f"power_ema must not name a width twice, got {list(self.power_ema)}")
+        if self.power_ema and not self.max_steps:
+            raise ValueError("power_ema needs at least one step: set it to [] where max_steps is 0")
+
     def lr_at(self, step: int) -> float:
         """The learning rate of a step (0-based)."""
         if self.lr_schedule == "cosine":
@@ -74,15 +88,19 @@ class TrainConfig:
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
-def mathematics(network: DiT, objective: ObjectiveConfig, train: TrainConfig, latents: str) -> str:
+def mathematics(
+    network: DiT, objective: ObjectiveConfig, train: TrainConfig, latents: str, initial: str | None = None
+) -> str:
     """The name of a training: a digest of all that decides its weights at a given step.
 
     `max_steps` is no part of it where the learning rate does not depend on it: raising it continues the same training.
+    `initial` is the digest of the weights that it begins with: what they are counts, and not where they lie.
     """
     settings = asdict(train)
+    del settings["init_from"]
     if train.lr_schedule == "constant":
         del settings["max_steps"]
-    told = [network_config(network), asdict(objective), settings, latents]
+    told = [network_config(network), objective.active(), settings, latents, initial]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -105,42 +123,25 @@ def fit(
     `observe(step, average)` every `run.preview_every_steps`, where `average()` builds the EMA network.
     Raises ValueError with the step where the loss is not finite; nothing of it is saved.
     """
-    device = network.pos_embed.device
-    names, weights = zip(*network.named_parameters(), strict=True)
-    averages = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(
-        weights, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
+    learner = new_learner(network, data, objective, train)
     step, rows, losses = 0, [], []
     if resume is not None:
         step, rows = resume.step, list(resume.values["rows"])
-        losses = list(resume.tensors["pending_losses"].to(device).unbind())
-        _restore(resume, names, weights, averages, optimizer)
-        resume = None  # some GB for a large model, and all of it is in the optimizer now
+        losses = list(resume.tensors["pending_losses"].to(network.pos_embed.device).unbind())
+        learner.unpack(resume)
+        resume = None  # some GB for a large model, and all of it is in the learner now
 
     def state() -> TrainingState:
-        _require_finite(losses, step, weights)
-        tensors = {"pending_losses": torch.stack(losses) if losses else torch.zeros(0)}
-        for name, weight, average in zip(names, weights, averages, strict=True):
-            moments = optimizer.state[weight]
-            tensors |= {f"model.{name}": weight, f"ema.{name}": average}
-            tensors |= {f"exp_avg.{name}": moments["exp_avg"], f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
-        return TrainingState(
-            step, {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}, {"rows": list(rows)}
-        )
-
-    def average() -> DiT:
-        copy = build(network_config(network)).to(device)
-        copy.load_state_dict(dict(zip(names, averages, strict=True)) | {"pos_embed": network.pos_embed})
-        return copy.eval().requires_grad_(False)
+        _require_finite(losses, step, learner.weights)
+        return learner.pack(step, losses, rows)
 
     progress = Progress("train", (train.max_steps - step) * train.global_batch_size)
     saved = None
     network.train()
     while step < train.max_steps:
-        optimizer.param_groups[0]["lr"] = train.lr_at(step)
-        losses.append(train_step(network, optimizer, data, objective, train, run, step))
-        ema.update(averages, weights, ema.decay_at(step, train.ema_decay, train.ema_warmup))
+        learner.optimizer.param_groups[0]["lr"] = train.lr_at(step)
+        losses.append(train_step(learner, data, objective, train, run, step))
+        learner.average(step, ema.decay_at(step, train.ema_decay, train.ema_warmup))
         step += 1
         last = step == train.max_steps
         if step % run.log_every_steps == 0 or last:
@@ -154,7 +155,7 @@ def fit(
         )
         progress(train.global_batch_size, note)
         if run.preview_every_steps and (step % run.preview_every_steps == 0 or last):
-            observe(step, average)
+            observe(step, learner.averaged_network)
         stop = should_stop() and not last
         snapshot = train.snapshot_every_steps and step % train.snapshot_every_steps == 0
         saved = None
@@ -166,32 +167,46 @@ def fit(
     return saved or state()
 
 
+def new_learner(network: DiT, data: LatentDataset, objective: ObjectiveConfig, train: TrainConfig) -> Learner:
+    """The learner before its first step. Raises ValueError where the latents carry no features to align with."""
+    aligned, features = objective.alignment, data.tensors.get("features")
+    require_alignment(aligned, network.config.depth, None if features is None else tuple(features.shape[1:]))
+    projector, steps = None, aligned.stop_step or train.max_steps
+    if aligned.weight:
+        projector = new_projector(network.config.hidden_size, aligned, features.shape[-1], train.seed)
+        projector = projector.to(network.pos_embed.device)
+    return Learner(
+        network,
+        lr=train.lr,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        power_ema=train.power_ema,
+        projector=projector,
+        projector_steps=steps,
+    )
+
+
 def train_step(
-    network: DiT,
-    optimizer: torch.optim.Optimizer,
-    data: LatentDataset,
-    objective: ObjectiveConfig,
-    train: TrainConfig,
-    run: RunConfig,
-    step: int,
+    learner: Learner, data: LatentDataset, objective: ObjectiveConfig, train: TrainConfig, run: RunConfig, step: int
 ) -> Tensor:
     """One optimizer step on the global batch of `step`; returns its mean loss, still on the device."""
-    device = network.pos_embed.device
+    network, device = learner.network, learner.network.pos_embed.device
     batch = {key: tensor.to(device, non_blocking=True) for key, tensor in data.batch(step).items()}
     inputs = step_inputs(batch, data, network, objective, train, step)
+    projector: nn.Module | None = learner.projector if objective.alignment.active_at(step) else None
     N = train.global_batch_size
     size = run.device_batch_size or N
-    optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=device)
     for start in range(0, N, size):
         part = {key: tensor[start : start + size] for key, tensor in inputs.items()}
         with autocast(device, train.precision):
-            loss = loss_of(network, objective, **part).sum() / N
+            loss = loss_of(network, objective, **part, projector=projector).sum() / N
         loss.backward()
         total += loss.detach()
     if train.grad_clip:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), train.grad_clip)
-    optimizer.step()
+        torch.nn.utils.clip_grad_norm_(list(learner.trained.values()), train.grad_clip)
+    learner.optimizer.step()
     return total
 
 
@@ -203,51 +218,29 @@ def step_inputs(
     train: TrainConfig,
     step: int,
 ) -> dict[str, Tensor]:
-    """x, y, t and noise of a step's global batch: all randomness of the step, drawn in one fixed order."""
+    """x, y, t and noise of a step's global batch: all randomness of the step, drawn in one fixed order.
+
+    And `features` (N, L, E), the mirror image's where that was picked, while tokens are aligned with them. y is the
+    labels or, for a network that is conditioned on embeddings, the features; the null condition where it is dropped.
+    """
     mean, device = batch["mean"], batch["mean"].device
     draws = generator(train.seed, "step", step, device=device)
     N = len(mean)
     posterior = torch.randn(mean.shape, generator=draws, device=device)
     noise = torch.randn(mean.shape, generator=draws, device=device)
     uniform, dropped, mirrored = torch.rand((3, N), generator=draws, device=device)
-    x = draw(batch, data.shift.to(device), data.scale.to(device), posterior, mirrored < 0.5 if data.mirror else None)
-    y = torch.where(dropped < train.class_dropout_prob, network.null_label, batch["label"])
-    if network.num_classes == 0:
-        y = torch.zeros_like(y)
-    t = uniform if objective.name == "transport" else (uniform * diffusion.NUM_TIMESTEPS).long()
-    return {"x": x, "y": y, "t": t, "noise": noise}
-
-
-def loss_of(network: DiT, objective: ObjectiveConfig, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """The objective's loss (N,)."""
-    if objective.name == "transport":
-        return transport.training_loss(network, x, y, t, noise)
-    return diffusion.training_loss(_CHAIN, network, x, y, t, noise)
-
-
-def require_objective(network: Any, objective: ObjectiveConfig) -> None:
-    """Raise ValueError where the network's outputs do not fit the objective."""
-    if objective.name == "diffusion" and not network.learn_sigma:
-        raise ValueError(
-            "model.learn_sigma must be true for objective.name diffusion: it learns the range of variances"
-        )
-
-
-_CHAIN = diffusion.Diffusion(diffusion.linear_betas())
-
-
-def _restore(state: TrainingState, names: Any, weights: Any, averages: Any, optimizer: torch.optim.Optimizer) -> None:
-    fused = optimizer.defaults["fused"]
-    with torch.no_grad():
-        for name, weight, average in zip(names, weights, averages, strict=True):
-            weight.copy_(state.tensors[f"model.{name}"])
-            average.copy_(state.tensors[f"ema.{name}"])
-            optimizer.state[weight] = {
-                # a fused optimizer counts on the device; else a count there would be fetched for every parameter
-                "step": torch.tensor(float(state.step), device=weight.device if fused else "cpu"),
-                "exp_avg": state.tensors[f"exp_avg.{name}"].to(weight.device, copy=True),
-                "exp_avg_sq": state.tensors[f"exp_avg_sq.{name}"].to(weight.device, copy=True),
-            }
+    mirror = mirrored < 0.5 if data.mirror else None
+    inputs = {"x": draw(batch, data.shift.to(device), data.scale.to(device), posterior, mirror)}
+    features = pick_features(batch, mirror) if "features" in batch else None
+    if network.config.condition == "embeddings":
+        inputs["y"] = torch.where((dropped < train.class_dropout_prob).view(-1, 1, 1), network.null(N), features)
+    elif network.num_classes == 0:
+        inputs["y"] = torch.zeros_like(batch["label"])
+    else:
+        inputs["y"] = torch.where(dropped < train.class_dropout_prob, network.null_label, batch["label"])
+    if objective.alignment.active_at(step):
+        inputs["features"] = features
+    return inputs | {"t": times(uniform, objective), "noise": noise}
 
 
 def _require_finite(losses: list[Tensor], step: int, weights: Sequence[Tensor] = ()) -> None:

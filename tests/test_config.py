@@ -17,6 +17,16 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Nested:
+    kind: str = "a"
+    count: int = 1
+
+    def __post_init__(self):
+        if not self.kind:
+            raise ValueError("kind must not be empty")
+
+
+@dataclass(frozen=True)
 class TrainSection:
     lr: float
     max_steps: int
@@ -25,6 +35,7 @@ class TrainSection:
     inner: tuple[Inner, ...] = ()
     maybe: int | None = None
     flag: bool = False
+    nested: Nested = Nested()
 
     def __post_init__(self):
         if self.lr <= 0:
@@ -41,6 +52,8 @@ def test_reads_yaml_as_dvc_does(tmp_path):
     )
     section = load(stage, tmp_path / "params.yaml")["train"]
     assert section == TrainSection(1e-4, 3, sizes=(1, 2), inner=(Inner("x", 1),))
+    (tmp_path / "params.yaml").write_text("train: {lr: 1, max_steps: 3, nested: {count: 2}}\n")
+    assert load(stage, tmp_path / "params.yaml")["train"].nested == Nested("a", 2)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +69,15 @@ def test_reads_yaml_as_dvc_does(tmp_path):
         ({"lr": 1, "max_steps": 1, "kind": "c"}, "train.kind: input should be 'a' or 'b', got 'c'"),
         (
             {"lr": 1, "max_steps": 1, "inner": [{"name": "x", "steps": 1, "stepz": 2}]},
-            "train.inner.0.stepz: no such setting",
+            "train.inner.0.stepz: no such setting (did you mean train.inner.0.steps?)",
         ),
+        (
+            {"lr": 1, "max_steps": 1, "nested": {"kinf": "a"}},
+            "train.nested.kinf: no such setting (did you mean train.nested.kind?)",
+        ),
+        ({"lr": 1, "max_steps": 1, "nested": {"kind": 3}}, "train.nested.kind: input should be a valid string, got 3"),
+        ({"lr": 1, "max_steps": 1, "nested": {"kind": ""}}, "train.nested.kind must not be empty"),
+        ({"lr": 1, "max_steps": 1, "nested": 3}, "train.nested: expected settings below it, got 3"),
         ("text", "train: expected settings below it in params.yaml, found 'text'"),
         (None, "train: section missing from params.yaml"),
     ],
@@ -128,15 +148,30 @@ def test_the_shipped_settings_fit_together(project):
         ),
         ("image_size: 32", "image_size: 30", "data.image_size: 30 is no multiple of 4, the autoencoder's factor"),
         ("name: transport", "name: diffusion", "model.learn_sigma must be true for objective.name diffusion"),
-        ("sampler: heun", "sampler: ddpm", "sampler 'ddpm' does not fit objective 'transport': use euler or heun"),
+        (
+            "sampler: heun",
+            "sampler: ddpm",
+            "sampler 'ddpm' does not fit objective 'transport': use euler, heun, dopri5",
+        ),
         ("setting: cfg1.5", "setting: cfg2", "register.setting: 'cfg2' is not one of sample.settings (plain, cfg1.5)"),
         (
             "held_out_fraction: 0.2",
             "held_out_fraction: 0",
             "data.held_out_fraction: 0 leaves nothing to judge the model by",
         ),
+        ("condition: classes", "condition: embeddings", "model.condition: embeddings are those of encode.features"),
+        ("features: null", "features: none.npz", "encode.features: the file none.npz is not there"),
+        ("features: null", "features: pixels", "encode.features: 'pixels' is no file (.npz, .safetensors)"),
         ("metric: fid", "metric: zz", "register.metric: 'zz' is not among the metrics: use one of fid, fid_pooled"),
-        ("step: null", "step: 7", "ema.step: no average of step 7 is kept"),
+        ("sigma_rel: null", "sigma_rel: 0.1", "ema.sigma_rel: training keeps no power-function averages"),
+        (
+            "    weight: 0.0 ",
+            "    weight: 0.5 ",
+            "objective.alignment.weight: the latents carry no features to align with",
+        ),
+        ("condition: classes ", "condition: embeddings ", "model.condition: embeddings are those of encode.features"),
+        ("max_steps: 2400 ", "max_steps: 0 ", "train.max_steps must be at least 1 (0 is for train.init_from), got 0"),
+        ("step: null ", "step: 7 ", "ema.step: no average of step 7 is kept"),
         (
             "class_dropout_prob: 0.1",
             "class_dropout_prob: 0",

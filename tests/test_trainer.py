@@ -3,11 +3,15 @@ import json
 import pytest
 import torch
 
-from dit.checkpoint import TrainingState, save_tensors
+from dit.alignment import AlignmentConfig
+from dit.checkpoint import TrainingState, load_tensors, save_tensors
+from dit.diffusion import DiffusionConfig
+from dit.ema import gamma_of
 from dit.latents import LatentDataset
 from dit.model import DiT, ModelConfig
+from dit.objective import ObjectiveConfig
 from dit.runtime import RunConfig
-from dit.trainer import ObjectiveConfig, TrainConfig, fit, mathematics, require_objective, step_inputs
+from dit.trainer import TrainConfig, fit, mathematics, step_inputs
 
 RUN = RunConfig(log_every_steps=3, checkpoint_every_steps=4)
 TRANSPORT, DIFFUSION = ObjectiveConfig("transport"), ObjectiveConfig("diffusion")
@@ -60,6 +64,108 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(latents, objective
     assert_same(train(latents, settings(), objective, resume=half), whole)
 
 
+@pytest.fixture(scope="module")
+def featured(latents, tmp_path_factory):
+    """The same latents with mirror images, and a 2x2 grid of features of each."""
+    folder = tmp_path_factory.mktemp("featured")
+    tensors = load_tensors(latents / "a.safetensors")
+    features = torch.randn(40, 4, 6, generator=torch.Generator().manual_seed(0))
+    tensors |= {"mean_mirror": tensors["mean"].flip(-1), "std_mirror": tensors["std"].flip(-1)}
+    tensors |= {"features": features.half(), "features_mirror": (features + 100).half()}
+    save_tensors(folder / "a.safetensors", tensors)
+    (folder / "index.json").write_text((latents / "index.json").read_text())
+    return folder
+
+
+ALIGNED = ObjectiveConfig("transport", alignment=AlignmentConfig(weight=0.5, stop_step=5, projector_size=8))
+
+
+def embedding_network():
+    torch.manual_seed(0)
+    config = ModelConfig("custom", 2, 16, 2, 2, condition="embeddings", block="cross_attention")
+    return DiT(config, input_size=4, in_channels=2, num_classes=3, condition_shape=(4, 6))
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5, 7])
+def test_alignment_embeddings_and_power_averages_resume_bit_for_bit(featured, stop):
+    config = settings(power_ema=(0.05, 0.1), weight_decay=0.1, grad_clip=1.0)
+
+    def run(**options):
+        data = LatentDataset(featured, config.seed, config.global_batch_size)
+        return fit(embedding_network(), data, ALIGNED, config, RUN, **options)
+
+    whole, asked = run(), []
+    half = run(should_stop=lambda: len(asked) + 1 == stop or asked.append(1))
+    assert half.step == stop
+    torch.manual_seed(12345)
+    assert_same(run(resume=half), whole)
+    assert {"align.0.weight", "exp_avg.align.0.weight", "power.0.1.final_layer.linear.weight"} <= whole.tensors.keys()
+
+
+def test_alignment_teaches_the_projector_until_it_stops(featured):
+    def run(objective, steps):
+        data = LatentDataset(featured, 0, 8)
+        return fit(new_network(), data, objective, settings(max_steps=steps), RUN).tensors
+
+    five, ten, plain = run(ALIGNED, 5), run(ALIGNED, 10), run(TRANSPORT, 5)
+    assert torch.equal(five["align.4.weight"], ten["align.4.weight"])
+    assert not torch.equal(run(ALIGNED, 4)["align.4.weight"], five["align.4.weight"])
+    name = "model.blocks.0.attn.qkv.weight"
+    assert not torch.equal(five[name], plain[name]) and not torch.equal(five[name], ten[name])
+    assert not any(key.startswith("align") for key in plain)
+
+
+def test_features_as_a_condition_and_as_a_target_are_those_of_the_picture_that_was_picked(featured):
+    data = LatentDataset(featured, 0, 400)
+    config = settings(class_dropout_prob=0.25)
+    inputs = step_inputs(data.batch(0), data, embedding_network(), ALIGNED, config, 0)
+    dropped = (inputs["y"] == 0).all(dim=(1, 2))
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.08)
+    assert torch.equal(inputs["y"][~dropped], inputs["features"][~dropped])
+    mirrored = inputs["features"].mean(dim=(1, 2)) > 50
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    plain = step_inputs(data.batch(0), data, new_network(), TRANSPORT, config, 0)
+    assert "features" not in plain and plain.keys() == {"x", "y", "t", "noise"}
+    assert all(torch.equal(plain[key], inputs[key]) for key in ("x", "t", "noise"))  # the same random numbers
+    assert torch.equal(plain["y"] == 3, dropped)
+    assert "features" not in step_inputs(data.batch(5), data, embedding_network(), ALIGNED, config, 5)
+
+
+def test_an_unconditional_network_sees_no_label(latents):
+    data = LatentDataset(latents, 0, 40)
+    config = ModelConfig("custom", 2, 16, 1, 2, condition="none")
+    network = DiT(config, input_size=4, in_channels=2, num_classes=3)
+    assert not step_inputs(data.batch(0), data, network, TRANSPORT, settings(), 0)["y"].any()
+
+
+def test_alignment_without_features_is_refused_before_the_first_step(latents):
+    with pytest.raises(ValueError, match="objective.alignment.weight: the latents carry no features"):
+        train(latents, settings(), ALIGNED)
+
+
+def test_power_averages_are_those_of_the_weights_on_the_way(latents):
+    weights = []
+    run = RunConfig(log_every_steps=3, checkpoint_every_steps=1)
+    keep = lambda state: weights.append(state.tensors["model.final_layer.linear.bias"].double())  # noqa: E731
+    state = train(latents, settings(power_ema=(0.1,)), run=run, save=keep)
+    edges = (torch.arange(11, dtype=torch.float64) / 10) ** (gamma_of(0.1) + 1)
+    torch.testing.assert_close(
+        state.tensors["power.0.1.final_layer.linear.bias"].double(),
+        edges.diff() @ torch.stack(weights),
+        rtol=1e-5,
+        atol=1e-8,
+    )
+    assert_same(TrainingState(10, {k: v for k, v in state.tensors.items() if "power" not in k}, state.values),
+                train(latents, settings()))  # fmt: skip
+
+
+def test_no_steps_leave_the_weights_as_they_are(latents):
+    state = train(latents, settings(max_steps=0, init_from="somewhere"))
+    assert state.step == 0 and state.values == {"rows": []}
+    for name, weight in new_network().named_parameters():
+        assert torch.equal(state.tensors[f"model.{name}"], weight) and torch.equal(state.tensors[f"ema.{name}"], weight)
+
+
 def test_every_saved_state_can_be_resumed_from(latents):
     saved = []
     whole = train(latents, settings(), save=saved.append)
@@ -88,7 +194,15 @@ def test_what_changes_the_weights_changes_the_name(latents):
         mathematics(new_network(), DIFFUSION, settings(), "x"),
         mathematics(new_network(), TRANSPORT, settings(), "y"),
     }
-    assert len(names) == 6
+    names |= {
+        mathematics(new_network(), ALIGNED, settings(), "x"),
+        mathematics(new_network(), TRANSPORT, settings(power_ema=(0.1,)), "x"),
+        mathematics(new_network(), TRANSPORT, settings(init_from="a"), "x", "digest of a"),
+    }
+    assert len(names) == 9
+    moved = mathematics(new_network(), TRANSPORT, settings(init_from="b"), "x", "digest of a")
+    unused = ObjectiveConfig("transport", diffusion=DiffusionConfig(schedule="cosine"))
+    assert moved in names and mathematics(new_network(), unused, settings(), "x") in names
 
 
 @pytest.mark.parametrize("objective", [TRANSPORT, DIFFUSION])
@@ -161,17 +275,17 @@ def test_the_inputs_of_a_step(latents):
     [
         ({"lr": 0}, "lr must be above 0"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": -1, "init_from": "a"}, "max_steps must be 0 or more, got -1"),
+        ({"init_from": " "}, "init_from must be null, a checkpoint folder"),
         ({"ema_decay": 1.5}, "ema_decay must be between"),
+        ({"power_ema": (0.3,)}, "power_ema must be above 0 and below 0.2887"),
+        ({"power_ema": (0.1, 0.1)}, "power_ema must not name a width twice"),
+        ({"power_ema": (0.1,), "max_steps": 0, "init_from": "a"}, "power_ema needs at least one step"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         settings(**change)
-
-
-def test_diffusion_needs_learned_sigma():
-    with pytest.raises(ValueError, match="model.learn_sigma must be true"):
-        require_objective(ModelConfig("custom", 2, 16, 1, 2, learn_sigma=False), DIFFUSION)
 
 
 def test_matches_the_plain_recipe_written_out(latents):
