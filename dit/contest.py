@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dit.config import digest
-from dit.generation import SAMPLERS, SampleConfig, Setting, generate_blocks
+from dit.generation import generate_blocks
 from dit.metrics import EvaluateConfig, lower_is_better, score
 from dit.paths import file_sha256
 from dit.progress import Progress
+from dit.setting import SAMPLERS, SampleConfig, Setting, terms_of
 
 
 class Incomparable(Exception):
@@ -55,7 +56,7 @@ def read_candidate(
     name = find_metric(metric, list(row), told["extractor"])
     terms = {key: told[key] for key in ("extractor", "reference", "num_images")}
     terms |= {"metric": name, "labels": sample.labels, "seed": sample.seed, "evaluate": asdict(evaluate)}
-    terms["setting"] = {key: value for key, value in asdict(known[setting]).items() if key != "name"}
+    terms["setting"] = terms_of(known[setting])
     files = [f for part in ("ema", "vae") for f in sorted((artifacts / part).rglob("*")) if f.is_file()]
     content = [[str(f.relative_to(artifacts)), file_sha256(f)] for f in [*files, file]]
     content += [[f.name, file_sha256(f)] for f in code]
@@ -76,6 +77,17 @@ def beats(metric: str, value: float, champion: float) -> bool:
     if not math.isfinite(value) or not math.isfinite(champion):
         return math.isfinite(value)
     return value < champion if lower_is_better(metric) else value > champion
+
+
+def forbidden(config: dict[str, Any], allowed_licenses: Sequence[str] | None) -> str | None:
+    """Why a checkpoint of this config.json may not become champion: its weights descend from somebody's whose licence
+    is not among the allowed ones. None where it may: own weights have no licence, and no list allows all."""
+    license = config.get("license")
+    if license is None or allowed_licenses is None:
+        return None
+    if license.lower() in (allowed.lower() for allowed in allowed_licenses):
+        return None
+    return f"Its weights are under {license}, which is not among register.allowed_licenses."
 
 
 def rescore(

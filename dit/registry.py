@@ -1,14 +1,17 @@
 """The registry of models at MLflow: numbered versions found by the digest of what they hold, and their aliases."""
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit import store
+from dit import store, tracking
+from dit.paths import Paths, publish
 
 DIGEST = "dit.digest"  # the tag that a version is found by: it is there from the moment the version is
+FETCH_SECONDS = 300  # for one request, which may carry the weights
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,38 @@ class Registry:
         if left:
             return left[0]
         return self._client.create_logged_model(experiment, self.name, run_id, {DIGEST: digest}, model_type="diffusion")
+
+
+def download(paths: Paths, name: str, which: str | int) -> Path:
+    """The checkpoint folder of a registered model, by its alias or its number, kept in scratch/initial.
+
+    A version that is there already is not fetched again, and a number then needs no server. Raises ValueError where
+    the server cannot be reached or does not know it.
+    """
+    place = f"models:/{name}" + (f"/{which}" if isinstance(which, int) else f"@{which}")
+    kept = paths.scratch / "initial"
+    if isinstance(which, int) and (kept / f"{name}-{which}").is_dir():
+        return kept / f"{name}-{which}"
+    try:
+        with store.translated():
+            client = tracking.connect(paths, timeout_seconds=FETCH_SECONDS)
+            told = client.get_model_version(name, str(which)) if isinstance(which, int) else None
+            number = int((told or client.get_model_version_by_alias(name, which)).version)
+            folder = kept / f"{name}-{number}"
+            if not folder.is_dir():
+                _fetch_part(f"models:/{name}/{number}", "artifacts/ema", folder, paths)
+        return folder
+    except store.Unreachable as error:
+        raise ValueError(f"{place} could not be fetched ({store.one_line(error)})") from None
+
+
+def _fetch_part(address: str, part: str, folder: Path, paths: Paths) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    with publish(folder, paths.scratch) as unfinished, tempfile.TemporaryDirectory(dir=paths.scratch) as there:
+        got = Path(download_artifacts(artifact_uri=f"{address}/{part}", dst_path=there))
+        for file in got.iterdir():
+            file.rename(unfinished / file.name)
 
 
 def _version(told: Any) -> Version:

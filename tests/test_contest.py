@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import EXTRACTOR, write_metrics, write_model
 
-from dit.contest import beats, find_metric, read_candidate
+from dit.contest import beats, find_metric, forbidden, read_candidate
 from dit.generation import SampleConfig, Setting
 from dit.metrics import EvaluateConfig
 
@@ -38,6 +38,14 @@ def test_a_metric_is_found_by_its_short_or_full_name():
     )
     with pytest.raises(ValueError, match="'is' is not among the metrics: use one of fid, fid_pooled, kid_pooled"):
         find_metric("is", NAMES, "x_classifier")
+
+
+def test_own_weights_are_always_allowed_and_others_by_their_licence():
+    theirs = {"license": "CC-BY-NC-4.0"}
+    assert forbidden({"license": None}, ()) is None and forbidden({}, ()) is None
+    assert forbidden(theirs, None) is None and forbidden(theirs, ("MIT", "cc-by-nc-4.0")) is None
+    assert "under CC-BY-NC-4.0, which is not" in forbidden(theirs, ("MIT",))
+    assert "under unknown, which is not" in forbidden({"license": "unknown"}, ("MIT",))
 
 
 def test_a_candidate_is_what_it_holds_and_how_it_was_scored(tmp_path):

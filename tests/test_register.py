@@ -60,7 +60,7 @@ def trials(monkeypatch):
 
     tried = []
 
-    def here(model_uri, tracking_uri, conditional):
+    def here(model_uri, tracking_uri):
         tried.append(model_uri)
         assert len(mlflow.pyfunc.load_model(model_uri).predict({"label": [0]})["image"][0]) > 50
 
@@ -195,6 +195,19 @@ def test_a_model_whose_figure_is_not_finite_is_no_champion_even_where_there_is_n
     assert run(paths)["decision"] == "challenger" and "champion" not in aliases(paths)
     retrain(paths, seed=2, fid=50.0)
     assert run(paths)["decision"] == "champion"
+
+
+def test_a_licence_that_is_not_allowed_keeps_a_model_from_becoming_champion(paths):
+    told = run(paths, allowed_licenses=("Apache-2.0",))
+    assert told["registered"] and told["decision"] == told["alias"] == "challenger"
+    assert told["reasons"] == ["Its weights are under CC0-1.0, which is not among register.allowed_licenses."]
+    assert aliases(paths) == {"challenger": 1} and versions(paths)[1].tags["license"] == "CC0-1.0"
+    assert tracking.connect(paths).get_run(told["run_id"]).data.tags["license"] == "CC0-1.0"
+    told = run(paths, allowed_licenses=("Apache-2.0", "cc0-1.0"))
+    assert told["decision"] == "champion" and aliases(paths) == {"champion": 1}
+    told = run(paths, allowed_licenses=())  # a rule that is made later holds for the champion too
+    assert told["decision"] == "challenger" and aliases(paths) == {"challenger": 1}
+    assert run(paths)["decision"] == "champion" and sorted(versions(paths)) == [1]
 
 
 def test_where_the_reference_changed_the_champion_is_scored_on_the_new_one_first(paths, monkeypatch):

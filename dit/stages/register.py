@@ -15,25 +15,30 @@ from typing import Any
 
 from dit import entry, packing, runtime, store, tracking
 from dit.config import digest
-from dit.contest import Candidate, Incomparable, beats, read_candidate, rescore
-from dit.generation import SampleConfig, Setting
+from dit.contest import Candidate, Incomparable, beats, forbidden, read_candidate, rescore
 from dit.metrics import EvaluateConfig
 from dit.paths import Paths, file_sha256, publish, write_json
 from dit.provenance import provenance, settings
 from dit.registry import Registry, Version
 from dit.runtime import RunConfig
+from dit.setting import SampleConfig, Setting
 
 UPLOAD_SECONDS = 300  # for one request, which may carry the weights
+OWN = "own"  # the licence tag of weights that descend from nobody else's
 TESTED, RECORD, SETTLED, TERMS = "dit.tested", "dit.record", "dit.settled", "dit.terms"
 
 
 @dataclass(frozen=True)
 class RegisterConfig:
-    """The registered model's name, and the figure that decides: `metric` (fid, fid_pooled, ...) of a sample setting."""
+    """The registered model's name, and the figure that decides: `metric` (fid, fid_pooled, ...) of a sample setting.
+
+    `allowed_licenses`: of other people's weights that a champion may descend from; null = any.
+    """
 
     model_name: str
     setting: str
     metric: str = "fid"
+    allowed_licenses: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.model_name):
@@ -61,7 +66,8 @@ def register(
                 client = tracking.connect(paths, timeout_seconds=UPLOAD_SECONDS)
                 registry = Registry(client, register.model_name, _workspace(paths))
                 version = registry.find(candidate.digest) or _add(registry, candidate, sample, run, paths)
-                told = _settle(registry, version, candidate, score_champion, paths)
+                fault = forbidden(candidate.config, register.allowed_licenses)
+                told = _settle(registry, version, candidate, fault, score_champion, paths)
         except store.Unreachable as error:
             store.say_unreachable(paths, error)
             told = _offline(register.model_name, candidate, error)
@@ -77,25 +83,30 @@ def _settle(
     registry: Registry,
     version: Version,
     candidate: Candidate,
+    fault: str | None,
     score_champion: Callable[[Version], tuple[float, Setting]],
     paths: Paths,
 ) -> dict[str, Any]:
-    """Test, decide, move the alias: what of it is not done yet. Returns the content of model.json."""
+    """Test, decide, move the alias: what of it is not done yet. Returns the content of model.json.
+
+    A candidate with a `fault` is no champion, whatever its figure, and ceases to be where it was.
+    """
     if TESTED not in version.tags:
-        conditional = candidate.config["model"]["num_classes"] > 0
-        packing.try_out(f"models:/{registry.name}/{version.number}", store.tracking_uri(paths), conditional)
+        packing.try_out(f"models:/{registry.name}/{version.number}", store.tracking_uri(paths))
         registry.tag(version, {TESTED: "true"})
     record = json.loads(version.tags.get(RECORD, "{}"))
-    if record.get("terms") != digest(candidate.terms):
+    asked = digest(candidate.terms, fault) if fault else digest(candidate.terms)
+    if record.get("terms") != asked:
         registry.tag(version, {candidate.score_tag: repr(candidate.value), TERMS: json.dumps(candidate.terms)})
-        record = {"terms": digest(candidate.terms), **_decide(registry, version, candidate, score_champion)}
+        record = {"terms": asked, **_decide(registry, version, candidate, fault, score_champion)}
         if record["decision"] != "undecided":
             registry.tag(version, {RECORD: json.dumps(record)})
     if version.tags.get(SETTLED) != digest(record):  # else the aliases are as decided, or as a person moved them since
         before = registry.aliases()
         registry.set_alias(record["alias"], version)
-        if record["alias"] == "champion" and before.get("challenger") == version.number:
-            registry.drop_alias("challenger")
+        other = "challenger" if record["alias"] == "champion" else "champion"
+        if before.get(other) == version.number:
+            registry.drop_alias(other)
         registry.tag(version, {SETTLED: digest(record)})
     return _tell(registry, version, candidate, record)
 
@@ -104,6 +115,7 @@ def _decide(
     registry: Registry,
     version: Version,
     candidate: Candidate,
+    fault: str | None,
     score_champion: Callable[[Version], tuple[float, Setting]],
 ) -> dict[str, Any]:
     """The alias, the decision and its reasons; the champion that it was compared with, and the champion's figure."""
@@ -116,6 +128,8 @@ def _decide(
         told = {"alias": alias, "decision": decision, "reasons": list(reasons)}
         return told | {"champion_version": number, "champion_value": _finite(value)}
 
+    if fault:
+        return told("challenger", fault)
     if number == version.number:
         return told("champion", "It is the champion already.")
     if not math.isfinite(candidate.value):
@@ -179,10 +193,11 @@ def _add(registry: Registry, candidate: Candidate, sample: SampleConfig, run: Ru
         tags = {name: str(candidate.terms[name]) for name in ("extractor", "reference", "num_images", "metric")}
         tags |= {"value": repr(candidate.value), "setting": candidate.setting.name, "run_id": mirror.id}
         tags |= {"model_digest": file_sha256(paths.artifacts / "ema" / "model.safetensors")}
-        tags |= {"license": candidate.config.get("license") or "unknown", "params_digest": digest(settings(paths))}
+        license = candidate.config.get("license") or OWN
+        tags |= {"license": license, "params_digest": digest(settings(paths))}
         tags |= {name: value for name, value in provenance(paths).items() if name.startswith("git.")}
         version = registry.add(candidate.digest, mirror.id, tags, pack)
-        mirror.tags({"dit.registered": f"{registry.name}/{version.number}"})
+        mirror.tags({"dit.registered": f"{registry.name}/{version.number}", "license": license})
     return version
 
 
