@@ -1,14 +1,26 @@
-"""The diffusion transformer of "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), adaLN-Zero blocks.
+"""The diffusion transformer of "Scalable Diffusion Models with Transformers" (arXiv 2212.09748): sizes, assembly, init.
 
-Shapes: N batch, C latent channels, H W latent side, p patch size, T tokens = (H/p)(W/p), D hidden size.
+Shapes: N batch, C latent channels, H W latent side, p patch size, T tokens = (H/p)(W/p), D hidden size; the condition y
+is a label or a sequence of L embeddings of E channels.
 """
 
-import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dit.blocks import DESIGNS, MODULATED, FinalLayer
+from dit.embedders import (
+    Convention,
+    LabelEmbedder,
+    PatchEmbed,
+    SequenceEmbedder,
+    TimestepEmbedder,
+    position_embedding,
+    rotary_embedding,
+    unpatchify,
+)
 
 # depth, hidden size, heads (table 1 of the paper)
 SIZES = {
@@ -18,12 +30,20 @@ SIZES = {
     "DiT-XL": (28, 1152, 16),
 }
 PATCH_SIZES = (2, 4, 8)
-FREQUENCY_EMBEDDING_SIZE = 256
+
+Block = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+Condition = Literal["classes", "none", "embeddings"]
+Norm = Literal["layer", "rms"]
+Mlp = Literal["gelu", "swiglu"]
+CHOICES = {"block": Block, "condition": Condition, "timestep_embedding": Convention, "norm": Norm, "mlp": Mlp}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network's size: a name of the paper's (`DiT-XL/2`), or `custom` and the sizes below it."""
+    """The network's size, a name of the paper's (`DiT-XL/2`) or `custom` and the sizes below it, and its design.
+
+    The defaults after the sizes are the published network. Raises ValueError that begins with the field's name.
+    """
 
     name: str
     patch_size: int | None = None
@@ -32,8 +52,18 @@ class ModelConfig:
     num_heads: int | None = None
     mlp_ratio: float = 4.0
     learn_sigma: bool = True  # two output channels per latent channel: prediction and variance
+    block: Block = "adaln_zero"
+    condition: Condition = "classes"
+    timestep_embedding: Convention = "published"  # frequencies k/128; diffusers: k/127
+    norm: Norm = "layer"
+    mlp: Mlp = "gelu"  # swiglu: two thirds of the width, as many parameters
+    rotary: bool = False  # 2-D rotary positions on queries and keys, beside the sine-cosine table
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in get_args(choices):
+                raise ValueError(f"{key} must be one of {', '.join(get_args(choices))}, got {getattr(self, key)!r}")
         sizes = {k: getattr(self, k) for k in ("patch_size", "hidden_size", "depth", "num_heads")}
         if self.name != "custom":
             size, _, patch = self.name.partition("/")
@@ -44,12 +74,19 @@ class ModelConfig:
                 raise ValueError(
                     f"{given[0]} is already said by model.name {self.name!r}: set it to null, or name to custom"
                 )
-            return
-        for key, value in sizes.items():
-            if value is None or value < 1:
-                raise ValueError(f"{key} must be a whole number of at least 1 where model.name is custom, got {value}")
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size must be a multiple of num_heads and of 4, got {self.hidden_size}")
+        else:
+            for key, value in sizes.items():
+                if value is None or value < 1:
+                    raise ValueError(
+                        f"{key} must be a whole number of at least 1 where model.name is custom, got {value}"
+                    )
+            if self.hidden_size % self.num_heads or self.hidden_size % 4:
+                raise ValueError(f"hidden_size must be a multiple of num_heads and of 4, got {self.hidden_size}")
+            if self.rotary and self.hidden_size // self.num_heads % 4:
+                raise ValueError(
+                    f"rotary needs heads of a multiple of 4 channels, got hidden_size {self.hidden_size} / "
+                    f"num_heads {self.num_heads} = {self.hidden_size // self.num_heads}: change one, or rotary to false"
+                )
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
 
@@ -65,169 +102,77 @@ class ModelConfig:
 
 
 class DiT(nn.Module):
-    """`forward(x, t, y)` with x (N, C, H, W), t (N,) and labels y (N,) gives (N, C or 2C, H, W).
+    """`forward(x, t, y)` with x (N, C, H, W), t (N,) and y gives (N, C or 2C, H, W).
 
-    t may be fractional. The label `null_label` (= num_classes) stands for "no class"; an unconditional network has
-    num_classes 0 and sees nothing else. Guidance, label dropout and losses are not the network's business.
+    t may be fractional. y is what `config.condition` says: labels (N,), where `null_label` (= num_classes) stands for
+    "no class"; "none": labels that are all 0; "embeddings": (N, L, E), where `condition_shape` is (L, E) and zeros
+    stand for "no condition". `null(N)` is the y of no condition. Guidance, dropout of conditions and losses are not
+    the network's business.
 
-    Raises ValueError where the patch size does not divide the latent side.
+    Raises ValueError where the patch size does not divide the latent side, or embeddings come without their shape.
     """
 
-    def __init__(self, config: ModelConfig, *, input_size: int, in_channels: int, num_classes: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        input_size: int,
+        in_channels: int,
+        num_classes: int,
+        condition_shape: tuple[int, int] | None = None,
+    ):
         super().__init__()
         config = config.resolved()
         if input_size % config.patch_size:
             raise ValueError(f"model.patch_size {config.patch_size} does not divide the latent side {input_size}")
-        self.config, self.input_size, self.in_channels, self.num_classes = config, input_size, in_channels, num_classes
-        self.null_label = num_classes
+        by_sequence = config.condition == "embeddings"
+        if by_sequence and (condition_shape is None or min(condition_shape) < 1):
+            raise ValueError(
+                f"model.condition embeddings needs the shape (tokens, channels) of an image's, got {condition_shape}"
+            )
+        self.config, self.input_size, self.in_channels = config, input_size, in_channels
+        self.num_classes = self.null_label = 0 if config.condition == "none" else num_classes
+        self.condition_shape = tuple(condition_shape) if by_sequence else None
         self.out_channels = in_channels * (2 if config.learn_sigma else 1)
         self.patch_size = config.patch_size
-        D, grid = config.hidden_size, input_size // config.patch_size
+        D, grid, modulated = config.hidden_size, input_size // config.patch_size, config.block in MODULATED
         self.x_embedder = PatchEmbed(in_channels, D, config.patch_size)
-        self.t_embedder = TimestepEmbedder(D)
-        self.y_embedder = LabelEmbedder(num_classes, D)
+        self.t_embedder = TimestepEmbedder(D, config.timestep_embedding)
+        self.y_embedder = (
+            SequenceEmbedder(self.condition_shape[1], D) if by_sequence else LabelEmbedder(self.num_classes, D)
+        )
         # A buffer: fixed, yet part of the state dict as in the published checkpoints.
         self.register_buffer("pos_embed", position_embedding(D, grid).unsqueeze(0))
-        self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = FinalLayer(D, config.patch_size, self.out_channels)
+        appended = (1 + (condition_shape[0] if by_sequence else 1)) if config.block == "in_context" else 0
+        rotary = rotary_embedding(D // config.num_heads, grid, appended) if config.rotary else None
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.blocks = nn.ModuleList(DESIGNS[config.block](config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, config.patch_size, self.out_channels, modulated)
         initialize(self)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction; with `tap` = k also the image's tokens (N, T, D) as they leave block k (counted from 1)."""
+        if tap is not None and not 1 <= tap <= len(self.blocks):
+            raise ValueError(f"tap must be a block from 1 to {len(self.blocks)}, got {tap}")
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        for block in self.blocks:
-            x = block(x, c)  # (N, T, D)
-        x = self.final_layer(x, c)  # (N, T, p*p*out_channels)
-        return unpatchify(x, self.patch_size)  # (N, out_channels, H, W)
+        t, y, T = self.t_embedder(t), self.y_embedder(y), x.shape[1]  # (N, D), (N, L, D)
+        c = t + y.mean(dim=1) if self.config.block in MODULATED else torch.cat([t.unsqueeze(1), y], dim=1)
+        if self.config.block == "in_context":
+            x = torch.cat([x, c], dim=1)  # (N, T + 1 + L, D)
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, c, self.rotary)
+            if number == tap:
+                tapped = x[:, :T]
+        x = self.final_layer(x[:, :T], c)  # (N, T, p*p*out_channels)
+        x = unpatchify(x, self.patch_size)  # (N, out_channels, H, W)
+        return x if tap is None else (x, tapped)
 
-
-class DiTBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (section 3.2, adaLN-Zero)."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        m = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # 6 x (N, 1, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = m
-        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection; (N, T, D) -> (N, T, D)."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        N, T, D = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D/heads)
-        return self.proj(x.transpose(1, 2).reshape(N, T, D))
-
-
-class MLP(nn.Module):
-    """Two linear layers with the tanh form of GELU between them."""
-
-    def __init__(self, hidden_size: int, mlp_size: int):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.fc2 = nn.Linear(mlp_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and the projection to pixels of a patch; (N, T, D) -> (N, T, p*p*out_channels)."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-class PatchEmbed(nn.Module):
-    """(N, C, H, W) -> (N, T, D), tokens row by row."""
-
-    def __init__(self, in_channels: int, hidden_size: int, patch_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of t (N,), then a two-layer MLP; gives (N, D)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, FREQUENCY_EMBEDDING_SIZE).to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """A table of num_classes + 1 rows; the last is the null label's."""
-
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """cos and sin of t at `dim`/2 frequencies max_period^(-k/(dim/2)), in float32; (N,) -> (N, dim)."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return F.pad(embedding, (0, dim % 2))
-
-
-def position_embedding(dim: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine table (grid*grid, dim): the column's half first, then the row's; computed in float64."""
-    k = torch.arange(dim // 4, dtype=torch.float64)
-    omega = 10000 ** (-k / (dim / 4))
-    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    halves = []
-    for position in (column, row):
-        angles = position.reshape(-1, 1).double() * omega
-        halves += [angles.sin(), angles.cos()]
-    return torch.cat(halves, dim=1).float()
-
-
-def unpatchify(x: Tensor, patch_size: int) -> Tensor:
-    """(N, T, p*p*C), each token laid out row, column, channel -> (N, C, H, W)."""
-    N, T, _ = x.shape
-    p, grid = patch_size, math.isqrt(T)
-    x = x.view(N, grid, grid, p, p, -1)
-    return torch.einsum("nhwpqc->nchpwq", x).reshape(N, -1, grid * p, grid * p)
+    def null(self, N: int) -> Tensor:
+        """The y of N images that stands for "no condition", on the network's device."""
+        device = self.pos_embed.device
+        if self.condition_shape:
+            return torch.zeros(N, *self.condition_shape, device=device)
+        return torch.full((N,), self.null_label, device=device)
 
 
 def initialize(model: DiT) -> None:
@@ -238,9 +183,11 @@ def initialize(model: DiT) -> None:
     | every linear weight not named below         | Xavier uniform (qkv on the fused (3D, D) matrix) |
     | every bias                                  | 0                                               |
     | x_embedder.proj.weight                      | Xavier uniform on its (D, C p p) view            |
-    | y_embedder.embedding_table, t_embedder.mlp  | N(0, 0.02)                                      |
-    | blocks.*.adaLN_modulation.1                 | 0: each block begins as the identity            |
+    | t_embedder.mlp; y_embedder's table or mlp   | N(0, 0.02)                                      |
+    | blocks.*.adaLN_modulation.1                 | 0: adaln_zero's blocks begin as the identity,   |
+    |                                             | adaln's as plain blocks                         |
     | final_layer.adaLN_modulation.1, .linear     | 0: the network begins by predicting 0           |
+    | norms with weights of their own             | weight 1, bias 0                                |
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -248,12 +195,17 @@ def initialize(model: DiT) -> None:
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.x_embedder.proj.weight.view(model.config.hidden_size, -1))
     nn.init.zeros_(model.x_embedder.proj.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
-    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+    by_sequence = isinstance(model.y_embedder, SequenceEmbedder)
+    conditions = (
+        [model.y_embedder.mlp[0], model.y_embedder.mlp[2]] if by_sequence else [model.y_embedder.embedding_table]
+    )
+    for layer in (*conditions, model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
         nn.init.normal_(layer.weight, std=0.02)
-    for layer in [block.adaLN_modulation[1] for block in model.blocks] + [
-        model.final_layer.adaLN_modulation[1],
-        model.final_layer.linear,
-    ]:
+    modulations = (
+        [layer.adaLN_modulation for layer in (*model.blocks, model.final_layer)]
+        if model.config.block in MODULATED
+        else []
+    )
+    for layer in [*(modulation[1] for modulation in modulations), model.final_layer.linear]:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit import torchvision_cpu
-from dit.model import DiT, ModelConfig, position_embedding, timestep_embedding, unpatchify
+from dit.embedders import unpatchify
+from dit.model import DiT, ModelConfig
 
 # Parameters at 256 pixels (latent side 32, 4 channels, 1000 classes), the fixed position table included.
 PUBLISHED_PARAMETERS = {
@@ -23,9 +24,25 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-def tiny(patch_size=2, input_size=8, in_channels=4, num_classes=3, **sizes):
+BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
+
+
+def tiny(patch_size=2, input_size=8, in_channels=4, num_classes=3, condition_shape=None, **sizes):
     config = ModelConfig("custom", patch_size, **{"hidden_size": 32, "depth": 2, "num_heads": 4, **sizes})
-    return DiT(config, input_size=input_size, in_channels=in_channels, num_classes=num_classes)
+    return DiT(
+        config,
+        input_size=input_size,
+        in_channels=in_channels,
+        num_classes=num_classes,
+        condition_shape=condition_shape,
+    )
+
+
+def randomized(network):
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network.eval()
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
@@ -62,27 +79,13 @@ def test_gradients_equal_the_reference(golden_network):
         torch.testing.assert_close(actual[name], gradient, atol=1e-4 * gradient.abs().max().item(), rtol=0, msg=name)
 
 
-def test_embeddings_and_layout_equal_the_reference(golden):
-    tensors, _ = golden("posemb")
-    for grid in (4, 6):
-        torch.testing.assert_close(position_embedding(64, grid), tensors[f"pos2d_dim64_grid{grid}"], atol=1e-6, rtol=0)
-    for dim in (15, 16, 256):
-        torch.testing.assert_close(timestep_embedding(tensors["t"], dim), tensors[f"temb_dim{dim}"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        timestep_embedding(tensors["t_frac"], 256), tensors["temb_frac_dim256"], atol=1e-6, rtol=0
-    )
-    assert torch.equal(unpatchify(tensors["unpatchify.tokens"], 2), tensors["unpatchify.image"])
-
-
-def test_network_equals_diffusers_transformer():
+@pytest.mark.parametrize("convention", ["published", "diffusers"])
+def test_network_equals_diffusers_transformer(convention):
     """Another implementation on the same random weights; its timestep frequencies are set to the published ones."""
     torchvision_cpu.prepare()
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    torch.manual_seed(0)
-    ours = tiny(num_classes=7).eval()
-    for parameter in ours.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    ours = randomized(tiny(num_classes=7, timestep_embedding=convention))
     theirs = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=8,
@@ -117,8 +120,9 @@ def test_network_equals_diffusers_transformer():
             "y_embedder.embedding_table.weight"
         ]
     theirs.load_state_dict(target)
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    if convention == "published":
+        for block in theirs.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 17, 999]), torch.tensor([0, 6, 7])
     with torch.no_grad():
         a, b = ours(x, t, y), theirs(x, timestep=t, class_labels=y).sample
@@ -151,6 +155,109 @@ def test_any_size_gives_the_shape_of_its_input(patch, grid, channels, classes, s
     assert out.shape == (2, channels * (1 + sigma), patch * grid, patch * grid)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    block=st.sampled_from(BLOCKS),
+    condition=st.sampled_from(["classes", "none", "embeddings"]),
+    norm=st.sampled_from(["layer", "rms"]),
+    mlp=st.sampled_from(["gelu", "swiglu"]),
+    rotary=st.booleans(),
+    qk_norm=st.booleans(),
+    tokens=st.integers(1, 3),
+)
+def test_every_design_takes_every_condition(block, condition, norm, mlp, rotary, qk_norm, tokens):
+    design = {"block": block, "condition": condition, "norm": norm, "mlp": mlp, "rotary": rotary, "qk_norm": qk_norm}
+    network = tiny(condition_shape=(tokens, 5), **design)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
+    y = torch.randn(2, tokens, 5) if condition == "embeddings" else torch.tensor([0, 2]) * (condition == "classes")
+    assert network.null(2).shape == y.shape and network.null(2).dtype == y.dtype
+    assert torch.equal(network(x, t, y), torch.zeros(2, 8, 8, 8))  # begins by predicting nothing
+    out, seen = randomized(network)(x, t, y, tap=1)
+    assert out.shape == (2, 8, 8, 8) and seen.shape == (2, 16, 32)
+    assert not torch.allclose(network(x, t + 5, y), out, atol=1e-4)
+    assert torch.allclose(network(x, t, network.null(2)), out, atol=1e-4) == (condition == "none")
+    out.square().sum().backward()
+    silent = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not silent, silent
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_condition_is_a_set_of_tokens(block):
+    """No design gives the tokens an order: CLIP's features, say, have their positions in them already."""
+    network = randomized(tiny(block=block, condition="embeddings", condition_shape=(3, 5), rotary=True))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 3, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, t, y[:, [2, 0, 1]]), network(x, t, y), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(network(x, t, y.half().float()), network(x, t, y.half()))
+
+
+def test_in_context_and_cross_attention_by_hand():
+    """The forward pass written out once more, without the class that assembles it."""
+    for block in ("in_context", "cross_attention"):
+        network = randomized(tiny(block=block, depth=1))
+        x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 3])
+        tokens = network.x_embedder(x) + network.pos_embed
+        c = torch.stack([network.t_embedder(t), network.y_embedder.embedding_table(y)], dim=1)
+        h = torch.cat([tokens, c], dim=1) if block == "in_context" else tokens
+        only = network.blocks[0]
+        h = h + only.attn(only.norm1(h))
+        if block == "cross_attention":
+            h = h + only.cross_attn(only.norm_cross(h), c)
+        h = h + only.mlp(only.norm2(h))
+        final = network.final_layer
+        expected = unpatchify(final.linear(final.norm_final(h[:, :16])), 2)
+        torch.testing.assert_close(network(x, t, y), expected)
+
+
+def test_rotary_positions_tell_tokens_apart_without_the_table():
+    plain, rotary = (randomized(tiny(block="in_context", rotary=rotary)) for rotary in (False, True))
+    x, t, y = torch.randn(1, 4, 8, 8), torch.rand(1), torch.tensor([1])
+    for network in (plain, rotary):
+        network.pos_embed.zero_()
+    with torch.no_grad():  # patches in another order come out in that order, where nothing says positions
+        moved = x.flip(2).unflatten(2, (4, 2)).flip(3).flatten(2, 3)
+        for network, same in ((plain, True), (rotary, False)):
+            a, b = network(x, t, y), network(moved, t, y)
+            assert torch.allclose(b, a.flip(2).unflatten(2, (4, 2)).flip(3).flatten(2, 3), atol=1e-5) == same
+
+
+def test_the_published_networks_names():
+    names = set(tiny(depth=1).state_dict())
+    layers = {f"blocks.0.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")}
+    layers |= {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"}
+    layers |= {"final_layer.adaLN_modulation.1"}
+    expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert names == expected | {"pos_embed", "y_embedder.embedding_table.weight"}
+    # Rotary tables are made anew from the sizes, not stored.
+    assert set(tiny(depth=1, rotary=True).state_dict()) == names
+
+
+def test_tap_gives_the_tokens_after_a_block():
+    network = randomized(tiny(depth=3))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    left = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, inputs, output: left.append(output))
+    for k in (1, 2, 3):
+        left.clear()
+        out, tokens = network(x, t, y, tap=k)
+        assert torch.equal(tokens, left[k - 1]) and torch.equal(out, network(x, t, y))
+    with pytest.raises(ValueError, match="tap must be a block from 1 to 3, got 4"):
+        network(x, t, y, tap=4)
+
+
+def test_half_precision_and_autocast_run_every_option():
+    network = randomized(tiny(block="cross_attention", norm="rms", mlp="swiglu", rotary=True, qk_norm=True))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    with torch.no_grad():
+        exact = network(x, t, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(network(x, t, y).float(), exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+        half = network.bfloat16()(x.bfloat16(), t, y)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, atol=0.1 * exact.abs().max().item(), rtol=0)
+
+
 def test_refuses_what_cannot_be_built():
     with pytest.raises(ValueError, match="patch_size 3 does not divide the latent side 8"):
         tiny(patch_size=3)
@@ -162,3 +269,10 @@ def test_refuses_what_cannot_be_built():
         ModelConfig("DiT-S/2", patch_size=4)
     with pytest.raises(ValueError, match="depth must be a whole number"):
         ModelConfig("custom", 2, 32, None, 4)
+    with pytest.raises(ValueError, match="rotary needs heads of a multiple of 4 channels, got hidden_size 24 / num"):
+        tiny(hidden_size=24, rotary=True)
+    with pytest.raises(ValueError, match="block must be one of adaln_zero, adaln, .*, got 'adaln-zero'"):
+        tiny(block="adaln-zero")
+    for shape in (None, (0, 5)):
+        with pytest.raises(ValueError, match="model.condition embeddings needs the shape"):
+            tiny(condition="embeddings", condition_shape=shape)
