@@ -1,7 +1,8 @@
 """Latents on disk and in training: posterior moments in safetensors shards, and batches as a function of the step.
 
 A shard holds `mean` and `std` (n, C, h, w) float16 and `label` (n,), and, where images may be mirrored, `mean_mirror`
-and `std_mirror` of each mirror image.
+and `std_mirror` of each mirror image. Where `encode.features` asks for it, it holds `features` (n, L, E) float16 too,
+L vectors of E numbers for each image (see `dit.embeddings`), and `features_mirror` where the mirror image has others.
 """
 
 import hashlib
@@ -20,9 +21,15 @@ from dit.randomness import permutation
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How raw latents are brought to unit scale: by the autoencoder's one factor, or channel by channel."""
+    """How raw latents are brought to unit scale (by the autoencoder's one factor, or channel by channel), and what is
+    kept beside them of each image: a file of features, or the name of an extractor."""
 
     normalization: Literal["scale", "channel"] = "scale"
+    features: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.features is not None and not self.features.strip():
+            raise ValueError("features must be a file, an extractor's name or null, got an empty text")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -34,15 +41,19 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def index_digest(index: dict[str, Any]) -> str:
-    """sha256 over what training sees: the training shards' content, the scale, the classes."""
+    """sha256 over what training sees: the training shards' content (features too, not where they are from), the scale,
+    the classes."""
     seen = [s["sha256"] for s in index["shards"] if s["split"] == "train"]
     return hashlib.sha256(json.dumps([seen, index["normalization"], index["classes"]]).encode()).hexdigest()
 
 
 def require_autoencoder(index_or_config: dict[str, Any], digest: str, what: str) -> None:
-    """Raise ValueError unless latents or a model belong to the autoencoder with this digest."""
+    """Raise ValueError unless latents or a model belong to the autoencoder with this digest.
+
+    Imported weights may not know theirs (None): then any is taken on trust.
+    """
     theirs = index_or_config["autoencoder"]
-    if theirs != digest:
+    if theirs is not None and theirs != digest:
         raise ValueError(
             f"{what} belong to another autoencoder ({theirs[:12]}) than the one given ({digest[:12]}): "
             f"their numbers mean nothing to it; run `dvc repro` so that both come from the same one"
@@ -96,6 +107,32 @@ def draw(batch: dict[str, Tensor], shift: Tensor, scale: Tensor, noise: Tensor, 
         mean = torch.where(pick, batch["mean_mirror"].float(), mean)
         std = torch.where(pick, batch["std_mirror"].float(), std)
     return (mean + std * noise - shift) / scale
+
+
+def pick_features(batch: dict[str, Tensor], mirror: Tensor | None) -> Tensor:
+    """A batch's features (N, L, E), float32; the mirror image's where `mirror` (N,) bool says so and it has its own."""
+    features = batch["features"].float()
+    if mirror is None or "features_mirror" not in batch:
+        return features
+    return torch.where(mirror.view(-1, 1, 1), batch["features_mirror"].float(), features)
+
+
+def conditions(folder: Path, limit: int = 1024) -> dict[str, Tensor]:
+    """What a model that is conditioned on features is asked with when it is drawn from: those of held-out images.
+
+    `features` (n, L, E) float16 and `label` (n,) of at most `limit` images, in an order that is random and always the
+    same: any first few of them are of all classes. Raises ValueError where the latents come without features, or no
+    image is held out.
+    """
+    index = read_index(folder)
+    if "features" not in index:
+        raise ValueError(f"{folder} holds no features: set encode.features, or another model.condition than embeddings")
+    shards = [load_tensors(folder / s["file"]) for s in index["shards"] if s["split"] == "heldout"]
+    if not shards:
+        raise ValueError("data.held_out_fraction: no image is held out whose features could be asked for: raise it")
+    tensors = {key: torch.cat([shard[key] for shard in shards]) for key in ("features", "label")}
+    picked = permutation(len(tensors["label"]), "conditions")[:limit]
+    return {key: tensor[picked] for key, tensor in tensors.items()}
 
 
 class Statistics:

@@ -28,7 +28,8 @@ def pack(
     import mlflow.pyfunc
     from mlflow.models import Model
 
-    conditional = json.loads((ema / "config.json").read_text())["model"]["num_classes"] > 0
+    condition = condition_of(json.loads((ema / "config.json").read_text()))
+    told = json.loads(json.dumps([asdict(setting) for setting in settings]))  # MLflow's YAML knows no tuples
     served, *files = shipped_files()
     with tempfile.TemporaryDirectory() as there:
         code = Path(there) / "dit"
@@ -40,10 +41,10 @@ def pack(
             python_model=str(served),
             code_paths=[str(code)],
             artifacts={"ema": str(ema), "vae": str(vae)},
-            model_config={"settings": [asdict(s) for s in settings], "seed": seed, "block_images": block_images},
-            signature=signature(conditional, settings[0].name),
+            model_config={"settings": told, "seed": seed, "block_images": block_images},
+            signature=signature(condition, settings[0].name),
             input_example=(
-                {"label": [0], "seed": [0]} if conditional else {"seed": [0]},
+                {"seed": [0]} if condition == "none" else {"label": [0], "seed": [0]},
                 {"setting": settings[0].name},
             ),
             pip_requirements=requirements([served, *files]),
@@ -51,22 +52,34 @@ def pack(
         )
 
 
-def signature(conditional: bool, setting: str) -> Any:
+def condition_of(config: dict[str, Any]) -> str:
+    """What a request tells of an image, by a checkpoint's config.json: classes, embeddings, or none."""
+    condition = config["model"].get("condition", "classes")
+    return "none" if condition == "classes" and not config["model"]["num_classes"] else condition
+
+
+def signature(condition: str, setting: str) -> Any:
     """What a request and an answer look like."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType
 
-    label = [ColSpec(AnyType(), "label")] if conditional else []  # a number or a name
+    asked = {
+        "classes": [ColSpec(AnyType(), "label")],  # a number or a name
+        "embeddings": [ColSpec(AnyType(), name, required=False) for name in ("embedding", "label")],
+        "none": [],
+    }[condition]
     return ModelSignature(
-        inputs=Schema([*label, ColSpec(AnyType(), "seed", required=not conditional)]),
+        inputs=Schema([*asked, ColSpec(AnyType(), "seed", required=condition == "none")]),
         outputs=Schema([ColSpec("string", "label"), ColSpec("long", "seed"), ColSpec("string", "image")]),
         params=ParamSchema(
             [
                 ParamSpec("setting", "string", setting),
-                ParamSpec("cfg_scale", "double", None),  # these three override the named setting
+                ParamSpec("cfg_scale", "double", None),  # these override the named setting
                 ParamSpec("num_steps", "long", None),
                 ParamSpec("sampler", "string", None),
+                ParamSpec("rtol", "double", None),
+                ParamSpec("atol", "double", None),
             ]
         ),
     )
@@ -104,25 +117,25 @@ def _imports(file: Path) -> set[str]:
 
 _TRY = """
 import gc; gc.set_threshold(100_000)  # see dit.stages
-import base64, json, os, sys, mlflow
-row, model = json.loads(sys.argv[2]), mlflow.pyfunc.load_model(sys.argv[1])
-few = {"num_steps": 2}  # which every sampler can do
+import base64, os, sys, mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+row, few = model.unwrap_python_model().trial()
 image = base64.b64decode(model.predict(row, params=few)["image"][0])
 assert image.startswith(b"\\x89PNG"), "the answer is no PNG"
 os._exit(0)  # tidying up after so many imports takes seconds
 """
 
 
-def try_out(model_uri: str, tracking_uri: str, conditional: bool) -> None:
-    """Load a registered model and draw one image in two steps, in a process that does not see this checkout.
+def try_out(model_uri: str, tracking_uri: str) -> None:
+    """Load a registered model and draw one image in as few steps as can be, in a process that does not see this
+    checkout.
 
     Raises ValueError with the other process's last words where that fails, and where it takes TRY_SECONDS.
     """
-    row = {"label": [0], "seed": [0]} if conditional else {"seed": [0]}
     environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri}
     environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as elsewhere:
-        command = [sys.executable, "-P", "-c", _TRY, model_uri, json.dumps(row)]
+        command = [sys.executable, "-P", "-c", _TRY, model_uri]
         where = {"cwd": elsewhere, "env": environment, "timeout": TRY_SECONDS}
         try:
             done = subprocess.run(command, **where, capture_output=True, text=True)

@@ -8,10 +8,12 @@ import numpy as np
 from PIL import Image
 
 from dit.checkpoint import Checkpoint
-from dit.generation import Setting, generate
+from dit.generation import generate, num_choices
 from dit.grids import grid
+from dit.latents import conditions
 from dit.model import DiT
 from dit.paths import Paths
+from dit.setting import Setting, changed
 from dit.vae import Autoencoder
 
 COLUMNS = 10
@@ -29,7 +31,9 @@ def previews(
             network = average()
             if not autoencoder:
                 autoencoder.append(Autoencoder.load(paths.artifacts / "vae", network.pos_embed.device))
-            sheet = draw(Checkpoint(network, config), autoencoder[0])
+            by_features = network.config.condition == "embeddings"
+            bank = conditions(paths.artifacts / "encode", limit=COLUMNS) if by_features else None
+            sheet = draw(Checkpoint(network, config, bank), autoencoder[0])
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(sheet).save(folder / f"step-{step:08d}.png")
             show("preview", sheet, step)
@@ -40,14 +44,13 @@ def previews(
 
 
 def draw(checkpoint: Checkpoint, autoencoder: Autoencoder, per_class: int = 2) -> np.ndarray:
-    """A grid of the first ten classes, `per_class` images of each; always the same noise."""
+    """A grid of the first ten classes, or embeddings, `per_class` images of each; always the same noise."""
     import torch
 
-    setting = SETTINGS[checkpoint.config["objective"]["name"]]
-    classes = checkpoint.model.num_classes
-    if not classes:
-        setting = Setting("preview", 1.0, setting.sampler, setting.num_steps)
-    columns = min(COLUMNS, classes) or COLUMNS
-    labels = torch.arange(columns).repeat(per_class) if classes else torch.zeros(columns * per_class, dtype=torch.long)
-    images = generate(checkpoint, autoencoder, setting, labels, range(len(labels)), seed=0)
+    setting, choices = SETTINGS[checkpoint.config["objective"]["name"]], num_choices(checkpoint)
+    columns = min(COLUMNS, choices) or COLUMNS
+    wanted = torch.arange(columns).repeat(per_class)
+    if not choices:
+        setting, wanted = changed(setting, cfg_scale=1.0), torch.zeros_like(wanted)
+    images = generate(checkpoint, autoencoder, setting, wanted, range(len(wanted)), seed=0)
     return grid(images.numpy(), columns)

@@ -196,6 +196,16 @@ def read_shard(path: Path, keep: Callable[[int], bool] = lambda number: True) ->
         raise ValueError(f"{path} is missing or damaged ({error}): run the stage `shard`") from None
 
 
+def read_keys(path: Path) -> list[str]:
+    """The keys, as the source has them, of a shard's images in their order; no image is read."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            names = [member for member in tar if member.name.endswith(".json")]
+            return [json.loads(tar.extractfile(member).read())["key"] for member in names]
+    except (KeyError, OSError, EOFError, tarfile.TarError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): run the stage `shard`") from None
+
+
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     # tarfile, and not webdataset: that imports torch, and its readers are made to shuffle, split and resample.
     key, sample = "", {}

@@ -34,6 +34,9 @@ def test_what_is_shipped_is_found_without_heavy_imports():
     files, heavy = done.stdout.splitlines()
     assert files.startswith("served.py __init__.py ") and heavy == "[]"
     assert {"generation.py", "model.py", "vae.py", "checkpoint.py", "runtime.py"} <= set(files.split())
+    assert {"setting.py", "objective.py", "transport.py", "stochastic.py", "denoising.py", "solvers.py"} <= set(
+        files.split()
+    )
 
 
 def test_what_is_packed_is_what_predict_needs(folder):
@@ -47,16 +50,19 @@ def test_what_is_packed_is_what_predict_needs(folder):
     assert f"torch=={torch.__version__.split('+')[0]}" in pins and not [
         pin for pin in pins if "+" in pin or "==" not in pin
     ]
-    assert {pin.split("==")[0] for pin in pins} >= {"mlflow", "diffusers", "safetensors", "pandas", "pillow", "numpy"}
+    assert {pin.split("==")[0] for pin in pins} >= {
+        *("mlflow", "diffusers", "safetensors", "pandas", "pillow", "numpy"),
+        "torchdiffeq",
+    }
 
 
 def test_it_works_where_this_checkout_is_not_seen(folder):
-    packing.try_out(str(folder), "sqlite:///unused.db", conditional=True)
+    packing.try_out(str(folder), "sqlite:///unused.db")
     with pytest.raises(ValueError, match="was registered but cannot draw"):
-        packing.try_out(str(folder / "nothing"), "sqlite:///unused.db", conditional=True)
+        packing.try_out(str(folder / "nothing"), "sqlite:///unused.db")
 
 
 def test_a_model_that_takes_too_long_is_told_so(folder, monkeypatch):
     monkeypatch.setattr(packing, "TRY_SECONDS", 0.2)
     with pytest.raises(ValueError, match="was registered but drew no image within 0.2 seconds: run register again"):
-        packing.try_out(str(folder), "sqlite:///unused.db", conditional=True)
+        packing.try_out(str(folder), "sqlite:///unused.db")

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from tiny_model import write_model
 
-from dit.checkpoint import load_checkpoint
-from dit.paths import Paths
+from dit.checkpoint import load_checkpoint, save_tensors
+from dit.paths import Paths, write_json
 from dit.preview import previews
 
 
@@ -27,6 +27,39 @@ def test_a_grid_is_kept_and_shown(tmp_path, capsys, objective, classes):
     sheet = np.asarray(Image.open(tmp_path / "previews" / "step-00000007.png"))
     assert np.array_equal(sheet, shown[0][1]) and sheet.shape[1] == 17 * (len(classes) or 10) - 1 and sheet.std() > 0
     assert "failed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "transport", "transport": {"path": "vp", "prediction": "noise"}},
+        {"name": "diffusion", "diffusion": {"prediction": "v", "schedule": "cosine", "variance": "fixed_small"}},
+    ],
+)
+def test_every_objective_is_shown(tmp_path, capsys, objective):
+    write_model(tmp_path / "artifacts", objective=objective)
+    checkpoint = load_checkpoint(tmp_path / "artifacts" / "ema")
+    shown = []
+    previews(Paths(tmp_path), tmp_path / "p", checkpoint.config, lambda *told: shown.append(told))(
+        1, lambda: checkpoint.model
+    )
+    assert len(shown) == 1 and "failed" not in capsys.readouterr().out
+
+
+def test_a_model_of_embeddings_is_shown_with_held_out_ones(tmp_path):
+    paths = Paths(tmp_path)
+    write_model(paths.artifacts, condition_shape=(2, 5))
+    checkpoint = load_checkpoint(paths.artifacts / "ema")
+    (paths.artifacts / "encode").mkdir()
+    save_tensors(paths.artifacts / "encode" / "h.safetensors", checkpoint.conditions)
+    write_json(
+        paths.artifacts / "encode" / "index.json",
+        {"features": {"shape": [2, 5]}, "shards": [{"file": "h.safetensors", "split": "heldout"}]},
+    )
+    shown = []
+    previews(paths, tmp_path / "p", checkpoint.config, lambda *told: shown.append(told))(1, lambda: checkpoint.model)
+    [(_, sheet, _)] = shown
+    assert sheet.shape[:2] == (2 * 17 - 1, 7 * 17 - 1) and sheet.std() > 0
 
 
 def test_its_failure_is_a_line_and_no_more(tmp_path, capsys):

@@ -16,10 +16,12 @@ from tiny_model import CLASSES, SIZE
 
 from dit import served
 from dit.checkpoint import load_checkpoint
-from dit.generation import Setting, generate
+from dit.generation import generate
+from dit.setting import Setting
 from dit.vae import Autoencoder
 
 STRONG = Setting("strong", 4.0, "heun", 3)
+INNER = Setting("inner", 4.0, "sde_euler", 3, cfg_interval=(0.2, 0.9), diffusion_form="linear")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,16 @@ def unconditional(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         yield mlflow.pyfunc.load_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    """A model of embeddings (2, 5) whose own setting is dopri5's, and its folder."""
+    free = Setting("free", 1.5, "dopri5", rtol=0.1, atol=0.1)
+    folder = packed(tmp_path_factory.mktemp("embedder"), [free, PLAIN, INNER], condition_shape=(2, 5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        yield mlflow.pyfunc.load_model(str(folder)), folder
 
 
 def picture(text):
@@ -121,6 +133,76 @@ def test_an_unconditional_model_takes_seeds_alone(unconditional):
     assert list(answer["label"]) == [None, None] and picture(answer["image"][1]).shape == (SIZE, SIZE, 3)
     with pytest.raises(ValueError, match="knows no classes"):
         served.read_labels(pandas.DataFrame({"label": [3]}), [])
+
+
+def test_a_model_of_embeddings_takes_them_or_rows_of_its_bank(embedder):
+    model, folder = embedder
+    checkpoint = load_checkpoint(folder / "artifacts" / "ema")
+    bank = checkpoint.conditions["features"].float()
+    by_row = model.predict({"label": [4, 1]}, params={"setting": "plain"})
+    expected = generate(
+        checkpoint, Autoencoder.load(folder / "artifacts" / "vae"), PLAIN, torch.tensor([4, 1]), [0, 1], seed=5
+    )
+    assert np.array_equal(np.stack([picture(text) for text in by_row["image"]]), expected.numpy())
+    assert list(by_row["label"]) == [CLASSES[4 % 3], CLASSES[1]]
+    told = bank[[4, 1]].tolist()
+    for request in ({"embedding": told}, [{"embedding": told[0]}, {"embedding": told[1]}]):
+        answer = model.predict(request, params={"setting": "plain"})
+        assert list(answer["image"]) == list(by_row["image"]) and list(answer["label"]) == [None, None]
+    assert len(model.predict({"embedding": [told[0]], "seed": [3]}, params={"setting": "inner"})) == 1
+
+
+def test_the_default_of_a_model_may_have_no_number_of_steps(embedder):
+    model, _ = embedder
+    row, few = model.unwrap_python_model().trial()
+    assert len(model.predict(row, params=few)) == 1 and "num_steps" not in few
+    same = model.predict({"label": [0]}, params={"sampler": "euler", "num_steps": 2, "cfg_scale": 1.0})
+    assert same["image"][0] == model.predict({"label": [0]}, params={"setting": "plain"})["image"][0]
+    with pytest.raises(ValueError, match="num_steps must be null for dopri5"):
+        model.predict({"label": [0]}, params={"num_steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"label": [7]}, "label 7 is no row of this model's bank of embeddings: use 0 to 6"),
+        ({"label": ["two"]}, "label 'two' is no row"),
+        ({"embedding": [[1.0, 2.0]]}, "an embedding is no 2 lists of 5 finite numbers"),
+        ({"embedding": [[[1.0] * 5, [float("nan")] * 5]]}, "an embedding is no 2 lists of 5 finite numbers"),
+        ({"embedding": ["x"]}, "an embedding is no 2 lists of 5 finite numbers"),
+        ([{"label": 0, "embedding": [[0.0] * 5] * 2}], "not by both"),
+        ({"seed": [0]}, "no rows: ask for one image per row"),
+    ],
+)
+def test_what_a_model_of_embeddings_cannot_draw_is_said(embedder, request_, said):
+    with pytest.raises(ValueError) as caught:
+        embedder[0].predict(request_)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_embedding_of_one_vector_may_be_given_as_one():
+    rows, found = served.read_embeddings(
+        pandas.DataFrame({"embedding": [[1, 2, 3], [4, 5, 6]], "seed": [7, 8]}), (1, 3)
+    )
+    assert found.tolist() == [[[1, 2, 3]], [[4, 5, 6]]] and list(rows["seed"]) == [7, 8]
+
+
+@pytest.mark.parametrize("name", ["inputs", "dataframe_records", "dataframe_split"])
+def test_embeddings_come_as_json_too(embedder, name, monkeypatch):
+    from mlflow.pyfunc.scoring_server import predictions_to_json
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    one, two = [[0.5] * 5] * 2, [[-0.5] * 5] * 2
+    rows = {
+        "inputs": {"embedding": [one, two]},
+        "dataframe_records": [{"embedding": one}, {"embedding": two}],
+        "dataframe_split": {"columns": ["embedding"], "data": [[one], [two]]},
+    }
+    asked = json.dumps({name: rows[name], "params": {"setting": "plain"}})
+    predictions_to_json(mlflow.models.validate_serving_input(str(embedder[1]), asked), out := io.StringIO())
+    answer = json.loads(out.getvalue())["predictions"]
+    expected = embedder[0].predict([{"embedding": one}, {"embedding": two}], params={"setting": "plain"})
+    assert [row["image"] for row in answer] == list(expected["image"]) and answer[0]["image"] != answer[1]["image"]
 
 
 @pytest.mark.parametrize("name", ["inputs", "dataframe_records", "dataframe_split"])

@@ -17,8 +17,18 @@ SIZE = 16
 EXTRACTOR = "digits_classifier"
 
 
-def write_model(artifacts: Path, seed: int = 0, classes: list[str] = CLASSES, objective: str = "transport") -> None:
-    """artifacts/ema and artifacts/vae: random weights, drawn with `seed`."""
+def write_model(
+    artifacts: Path,
+    seed: int = 0,
+    classes: list[str] = CLASSES,
+    objective: str | dict = "transport",
+    condition_shape: tuple[int, int] | None = None,
+) -> None:
+    """artifacts/ema and artifacts/vae: random weights, drawn with `seed`. `objective` is its name, or as in config.json.
+
+    With a `condition_shape` (L, E) the network is conditioned on embeddings, and has a bank of seven.
+    """
+    objective = {"name": objective} if isinstance(objective, str) else objective
     torch.manual_seed(seed)
     network = import_diffusers()(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -30,15 +40,15 @@ def write_model(artifacts: Path, seed: int = 0, classes: list[str] = CLASSES, ob
         mid_block_add_attention=False,
     )
     network.save_pretrained(artifacts / "vae")
-    sizes = ModelConfig(
-        "custom", patch_size=4, hidden_size=32, depth=1, num_heads=2, learn_sigma=objective == "diffusion"
-    )
-    model = DiT(sizes, input_size=SIZE // 2, in_channels=4, num_classes=len(classes))
+    sizes = {"patch_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2}
+    sizes |= {"learn_sigma": objective["name"] == "diffusion"} | ({"condition": "embeddings"} if condition_shape else {})
+    shape = {"input_size": SIZE // 2, "in_channels": 4, "num_classes": len(classes)}
+    model = DiT(ModelConfig("custom", **sizes), **shape, condition_shape=condition_shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     config = {
         "model": network_config(model),
-        "objective": {"name": objective},
+        "objective": objective,
         "latents": {
             "digest": "d" * 64,
             "autoencoder": Autoencoder.load(artifacts / "vae").digest,
@@ -54,6 +64,10 @@ def write_model(artifacts: Path, seed: int = 0, classes: list[str] = CLASSES, ob
     }
     (artifacts / "ema").mkdir(parents=True, exist_ok=True)
     save_checkpoint(artifacts / "ema", model.state_dict(), config)
+    (artifacts / "ema" / "conditions.safetensors").unlink(missing_ok=True)
+    if condition_shape:
+        bank = {"features": torch.randn(7, *condition_shape).half(), "label": torch.arange(7) % max(1, len(classes))}
+        save_tensors(artifacts / "ema" / "conditions.safetensors", bank)
 
 
 def write_reference(artifacts: Path, seed: int = 0) -> str:

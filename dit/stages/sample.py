@@ -12,11 +12,12 @@ from PIL import Image
 
 from dit import entry, runtime
 from dit.checkpoint import Checkpoint, load_checkpoint
-from dit.generation import SampleConfig, Setting, generate_blocks, require_sampler
+from dit.generation import generate_blocks, num_choices
 from dit.grids import overview
 from dit.paths import Paths, file_sha256, publish
 from dit.progress import Progress
 from dit.runtime import RunConfig
+from dit.setting import SampleConfig, Setting, require_sampler
 from dit.vae import Autoencoder
 
 
@@ -29,9 +30,9 @@ def sample(sample: SampleConfig, run: RunConfig, *, paths: Paths) -> None:
     device = runtime.start(run)
     checkpoint = load_checkpoint(paths.artifacts / "ema", device)
     for setting in sample.settings:
-        require_sampler(setting, checkpoint.config["objective"]["name"], checkpoint.model.num_classes)
+        require_sampler(setting, checkpoint.config["objective"]["name"], num_choices(checkpoint))
     autoencoder = Autoencoder.load(paths.artifacts / "vae", device)
-    weights = file_sha256(paths.artifacts / "ema" / "model.safetensors")
+    weights = [file_sha256(file) for file in sorted((paths.artifacts / "ema").glob("*.safetensors"))]
     drawn = {
         setting.name: paths.scratch / "sample" / _name(setting, sample, weights, checkpoint)
         for setting in sample.settings
@@ -48,7 +49,7 @@ def sample(sample: SampleConfig, run: RunConfig, *, paths: Paths) -> None:
     _forget_others(paths.scratch / "sample", set())
 
 
-def _name(setting: Setting, sample: SampleConfig, weights: str, checkpoint: Checkpoint) -> str:
+def _name(setting: Setting, sample: SampleConfig, weights: list[str], checkpoint: Checkpoint) -> str:
     """A name for these very images; how many of them are drawn is no part of it, nor are the other settings."""
     told = [
         asdict(setting),
