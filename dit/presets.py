@@ -26,18 +26,35 @@ def resolve(name: str, folder: Path = Path("presets")) -> dict[str, Any]:
     overlay = read_params(file)
     base = overlay.pop("base", None)
     settings = resolve(base, folder) if base else {}
-    for section, values in overlay.items():
-        settings[section] = {**settings.get(section, {}), **values} if isinstance(values, dict) else values
-    return {**settings, "preset": file.stem}
+    return {**merged(settings, overlay), "preset": file.stem}
 
 
-def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = None, *, write: bool = True) -> str:
-    """Put a preset into params.yaml, keeping its comments, and return what changes as a unified diff ('' if nothing)."""
+def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `overlay` says in its place, section by section and setting by setting however deep."""
+    result = dict(base)
+    for key, value in overlay.items():
+        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
+        result[key] = merged(base[key], value) if nested else value
+    return result
+
+
+def apply(
+    name: str,
+    params: Path = Path("params.yaml"),
+    folder: Path | None = None,
+    *,
+    overlay: dict[str, Any] | None = None,
+    write: bool = True,
+) -> str:
+    """Put a preset, and what `overlay` says in its place, into params.yaml, keeping the comments there.
+
+    Returns what changes as a unified diff ('' if nothing).
+    """
     from io import StringIO
 
     from ruamel.yaml import YAML
 
-    settings = resolve(name, folder or params.parent / "presets")
+    settings = merged(resolve(name, folder or params.parent / "presets"), overlay or {})
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 120, True
     yaml.indent(mapping=2, sequence=4, offset=2)
@@ -47,16 +64,7 @@ def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = N
         if read_params(params) == settings:
             return ""
     document = yaml.load(before) or {}
-    for gone in [key for key in document if key not in settings]:
-        del document[gone]
-    for section, values in settings.items():
-        if not isinstance(values, dict) or not isinstance(document.get(section), dict):
-            _set(document, section, values)
-            continue
-        for gone in [key for key in document[section] if key not in values]:
-            del document[section][gone]
-        for key, value in values.items():
-            _set(document[section], key, value)
+    _replace(document, settings)
     stream = StringIO()
     yaml.dump(document, stream)
     after = stream.getvalue()
@@ -68,13 +76,25 @@ def apply(name: str, params: Path = Path("params.yaml"), folder: Path | None = N
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
+def _replace(mapping: Any, values: dict[str, Any]) -> None:
+    """Make a mapping of the document hold exactly `values`, leaving what is equal as it stands."""
+    for gone in [key for key in mapping if key not in values]:
+        del mapping[gone]
+    for key, value in values.items():
+        _set(mapping, key, value)
+
+
 def _set(mapping: Any, key: str, value: Any) -> None:
     # An equal value is left as it stands: its notation and its comment are the person's.
     old = mapping.get(key)
+    if isinstance(old, dict) and isinstance(value, dict):
+        return _replace(old, value)
     if key in mapping and old == value and type(old) is not bool and type(value) is not bool:
         return
     if isinstance(old, list) and isinstance(value, list) and old and value and isinstance(old[-1], dict):
         _set_list(old, value)
+    elif isinstance(old, list) and isinstance(value, list):
+        old[:] = value  # in the notation that it has: [8, 16, 32] on one line
     else:
         mapping[key] = value
 
@@ -94,7 +114,4 @@ def _set_list(old: Any, new: list[dict[str, Any]]) -> None:
     while len(old) < len(new):
         old.insert(0, _flow_mapping())
     for before, after in zip(old, new, strict=True):
-        for key, value in after.items():
-            _set(before, key, value)
-        for gone in [key for key in before if key not in after]:
-            del before[gone]
+        _replace(before, after)
