@@ -216,7 +216,7 @@ def query_key_norms(sizes: Sizes) -> tuple[nn.Module, nn.Module]:
 
 
 def feed_forward(sizes: Sizes) -> nn.Module:
-    """The block's MLP: both kinds have the same number of parameters."""
+    """The block's MLP: both kinds have as many parameters, within 1%."""
     kinds = {"gelu": MLP, "swiglu": SwiGLU}
     return kinds[sizes.mlp](sizes.hidden_size, mlp_size(sizes))
 

@@ -1,6 +1,7 @@
 """Samplers of a diffusion chain, as plain functions `(model, x, chain, ...) -> x`: ancestral and DDIM.
 
-`model(x, t)` takes x (N, C, H, W) and one time t for the whole batch: a scalar tensor, the step of the full chain.
+`model(x, t)` takes x (N, C, H, W) and one time t for the whole batch: a scalar tensor on the CPU, whatever device x is
+on, the step of the full chain.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def ancestral(model: Model, x: Tensor, chain: Diffusion, noise: Callable[[], Ten
     """
     for step in reversed(range(chain.num_timesteps)):
         t = torch.full((len(x),), step, device=x.device)
-        output = model(x, chain.original(t)[0]).float()
+        output = model(x, chain.timestep_map[step]).float()
         mean, log_variance, _ = chain.p_mean_log_variance(output, x, t, clip)
         x = mean + (step != 0) * (0.5 * log_variance).exp() * noise()
     return x
@@ -47,10 +48,11 @@ def ddim(
         raise ValueError(f"eta {eta} draws noise at every step: give `noise`, or eta 0")
     for step in reversed(range(chain.num_timesteps)):
         t = torch.full((len(x),), step, device=x.device)
-        clean, eps = chain.predict(model(x, chain.original(t)[0]).float(), x, t, clip)
+        clean, eps = chain.predict(model(x, chain.timestep_map[step]).float(), x, t, clip)
         bar, previous = chain.at("alphas_bar", t), chain.at("alphas_bar_prev", t)
         sigma = eta * ((1 - previous) / (1 - bar)).sqrt() * (1 - bar / previous).sqrt()
-        x = previous.sqrt() * clean + (1 - previous - sigma**2).sqrt() * eps
+        # at eta 1 of few steps sigma^2 is all but 1 - previous, and by rounding more
+        x = previous.sqrt() * clean + (1 - previous - sigma**2).clamp(min=0).sqrt() * eps
         if eta and noise is not None:
             x = x + sigma * noise()  # sigma is 0 at the last step
     return x
@@ -66,7 +68,7 @@ def ddim_reverse(
     """
     for step in range(chain.num_timesteps if num_steps is None else num_steps):
         t = torch.full((len(x),), step, device=x.device)
-        clean, eps = chain.predict(model(x, chain.original(t)[0]).float(), x, t, clip)
+        clean, eps = chain.predict(model(x, chain.timestep_map[step]).float(), x, t, clip)
         following = chain.at("alphas_bar_next", t)
         x = following.sqrt() * clean + (1 - following).sqrt() * eps
     return x

@@ -23,7 +23,10 @@ Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What the network predicts, and how it is asked to. The defaults are DiT's."""
+    """What the network predicts, and how it is asked to. The defaults are DiT's.
+
+    rescaled_mse is mse in every training here: the two differ on a respaced chain only, and the full one is trained on.
+    """
 
     schedule: Schedule = "linear"
     prediction: Prediction = (
@@ -266,7 +269,7 @@ def bits_per_dim(
 ) -> dict[str, Tensor]:
     """The variational bound of clean latents x (N, C, H, W), in bits per dimension: DDPM equation 5.
 
-    `model(x_t, t)` takes one original step t for the whole batch, a scalar tensor; `noise()` gives standard normal
+    `model(x_t, t)` takes one original step t for the whole batch, a scalar tensor on the CPU; `noise()` gives standard normal
     like x, once a step, from the noisiest to the cleanest. Returns `total` (N,) = `prior` (N,) + the sum of `vb`
     (N, T), and the mean squared errors of the predicted latents, `x_mse`, and noise, `mse` (N, T): column j is of step
     t = T-1-j. The network's term at t = 0 takes x for an image of 8 bits within [-1, 1]: for latents the number
@@ -277,7 +280,7 @@ def bits_per_dim(
         t = torch.full((len(x),), step, device=x.device)
         eps = noise()
         x_t = diffusion.q_sample(x, t, eps)
-        output = model(x_t, diffusion.original(t)[0]).float()
+        output = model(x_t, diffusion.timestep_map[step]).float()
         predicted_x, predicted_noise = diffusion.predict(output, x_t, t, clip)
         terms["vb"].append(diffusion.bits(output, x, x_t, t, clip))
         terms["x_mse"].append((predicted_x - x).square().mean(dim=(1, 2, 3)))

@@ -27,7 +27,10 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of t (N,), then a two-layer MLP; gives (N, D)."""
+    """Sinusoidal features of t (N,), then a two-layer MLP; gives (N, D).
+
+    Autocast has no part in it: in bf16 it would give times in [0, 1] that lie close together one and the same embedding.
+    """
 
     def __init__(self, hidden_size: int, convention: Convention = "published"):
         super().__init__()
@@ -38,7 +41,9 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         features = timestep_embedding(t, FREQUENCY_EMBEDDING_SIZE, convention=self.convention)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        kind = t.device.type
+        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):  # meta has none
+            return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -73,11 +73,12 @@ def training_memory_parts(
     batch_size: int,
     precision: Precision = "bf16",
     condition_shape: tuple[int, int] | None = None,
+    averages: int = 1,
 ) -> dict[str, int]:
     """Bytes that training holds on one device while `batch_size` images go through it at a time.
 
-    Weights, gradients, Adam's two moments and the average are fp32 whatever the precision; under bf16 autocast keeps
-    a second copy of the weights. Activations: what the forward pass keeps for the backward pass.
+    Weights, gradients, Adam's two moments and the averages (one, and train.power_ema's) are fp32 whatever the
+    precision; under bf16 autocast keeps a second copy of the weights. Activations: what the forward pass keeps for the backward pass.
     """
     shape = {"input_size": input_size, "in_channels": in_channels, "condition_shape": condition_shape}
     T, D = tokens(config, input_size), config.resolved().hidden_size
@@ -87,7 +88,7 @@ def training_memory_parts(
         "weights": 4 * P + halved,
         "gradients": 4 * P,
         "adam": 8 * P,
-        "ema": 4 * P,
+        "ema": 4 * P * averages,
         "activations": batch_size * _activations(config, input_size, precision, condition_shape),
     }
 
@@ -129,11 +130,10 @@ def sampling_memory(
     in_channels: int,
     num_classes: int,
     batch_size: int,
-    precision: Precision = "bf16",
     condition_shape: tuple[int, int] | None = None,
     guided: bool = True,
 ) -> int:
-    """Bytes to sample `batch_size` images at a time, weights in `precision`, without the autoencoder.
+    """Bytes to sample `batch_size` images at a time, in fp32 as drawing is here, without the autoencoder.
 
     Guidance puts both halves through one call. The most is held inside an MLP: its inner vectors, its input, and the
     residual stream before and after attention.
@@ -144,7 +144,7 @@ def sampling_memory(
     X = tokens(config, input_size)
     X += condition_tokens(config, condition_shape) if sizes.block == "in_context" else 0
     held = (1 + guided) * batch_size * X * sizes.hidden_size * (3 + inner)
-    return round(BYTES[precision] * (parameters(config, num_classes=num_classes, **shape) + held))
+    return round(BYTES["fp32"] * (parameters(config, num_classes=num_classes, **shape) + held))
 
 
 def training_hours(macs: float, images: float, device: Device, mfu: float) -> float:
@@ -185,11 +185,13 @@ def row(
     mfu: float,
     images: int,
     condition_shape: tuple[int, int] | None = None,
+    averages: int = 1,
 ) -> dict[str, Any]:
     """All that is told of one network, by names that say their units; `images` is the training's length."""
     sizes = config.resolved()
     shape = {"input_size": input_size, "in_channels": in_channels, "condition_shape": condition_shape}
-    held = shape | {"num_classes": num_classes, "precision": precision}
+    drawn = shape | {"num_classes": num_classes, "batch_size": batch_size}
+    held = shape | {"num_classes": num_classes, "precision": precision, "averages": averages}
     count, forward = parameters(config, num_classes=num_classes, **shape), macs(config, **shape)
     hours = training_hours(forward, images, device, mfu)
     return {
@@ -205,7 +207,7 @@ def row(
         "trained_parameters": count - tokens(config, input_size) * sizes.hidden_size,
         "gflops": forward / 1e9,  # multiply-accumulates, as the papers count
         "training_memory_bytes": training_memory_parts(config, batch_size=batch_size, **held),
-        "sampling_memory_bytes": sampling_memory(config, batch_size=batch_size, **held),
+        "sampling_memory_bytes": sampling_memory(config, **drawn),
         "largest_training_batch": largest_batch(device, config, **held),
         "training_images": images,
         "accelerator_hours": hours,

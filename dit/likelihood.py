@@ -10,8 +10,10 @@ from dit.sampling import Model, heun
 
 
 def rademacher(x: Tensor, generator: torch.Generator | None = None) -> Callable[[], Tensor]:
-    """A source of random signs, -1 or 1, of x's shape and type, new at every call."""
-    return lambda: (torch.randint(2, x.shape, generator=generator) * 2 - 1).to(x)
+    """A source of random signs, -1 or 1, of x's shape and type, new at every call; drawn where the generator is, else
+    where x is."""
+    device = x.device if generator is None else generator.device
+    return lambda: (torch.randint(2, x.shape, generator=generator, device=device) * 2 - 1).to(x)
 
 
 def standard_normal(z: Tensor) -> Tensor:

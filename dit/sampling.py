@@ -1,7 +1,8 @@
 """Samplers of ODEs, and guidance, as plain functions `(model, x, times, ...) -> x`.
 
 `model(x, t)` takes x (N, C, H, W) and one time t for the whole batch, a scalar tensor; `guided` makes such a function
-of a network and labels.
+of a network and labels. `times` stay on the CPU, whatever device x is on: nothing that a step asks of its time makes the
+host wait for the device then, and a scalar goes into a device's arithmetic from there.
 """
 
 from collections.abc import Callable
@@ -34,14 +35,22 @@ def guided(
     conditions = torch.cat([y, torch.as_tensor(null).to(y).expand_as(y)])
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        everywhere = low <= 0 and high >= 1  # no question to the device then
+        everywhere = low <= 0 and high >= 1
         if cfg_scale == 1 or not (everywhere or low <= float(clock(t)) <= high):
-            return network(x, t.expand(len(x)), y)
-        cond, uncond = network(torch.cat([x, x]), t.expand(2 * len(x)), conditions).chunk(2)
+            return network(x, for_all(t, x), y)
+        both = torch.cat([x, x])
+        cond, uncond = network(both, for_all(t, both), conditions).chunk(2)
         C = x.shape[1] if channels is None else channels
         return torch.cat([uncond[:, :C] + cfg_scale * (cond[:, :C] - uncond[:, :C]), cond[:, C:]], dim=1)
 
     return model
+
+
+def for_all(t: Tensor, x: Tensor) -> Tensor:
+    """One time (), of any device, as times (N,) beside x (N, ...)."""
+    if t.device == x.device:
+        return t.expand(len(x))
+    return torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device)  # a copy from the CPU would be waited for
 
 
 def euler(velocity: Model, x: Tensor, times: Tensor) -> Tensor:
@@ -77,7 +86,10 @@ def dopri5(
     allows: a sample depends, within these tolerances, on what it is drawn with, and evaluations are not known before.
     The last step lands on t1; with `overshoot` it runs past t1 and the state there is interpolated, as in the published
     code, which asks a network for times that it was not trained on (and on VP, past t = 1, for a root of less than 0).
+    Its times are x's device's. Raises ValueError on Apple's GPU.
     """
+    if x.device.type == "mps":
+        raise ValueError("sampler dopri5 needs float64, which mps does not have: use heun, or set run.device to cpu")
     from torchdiffeq import odeint
 
     times = torch.tensor([t0, t1], dtype=x.dtype, device=x.device)

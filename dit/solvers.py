@@ -48,13 +48,13 @@ def solve(
 ) -> Tensor:
     """Clean latents from noise x (N, C, H, W) in `num_steps` evaluations of the model.
 
-    `model(x, t)` takes one step t of the full chain for the whole batch, a scalar tensor; of its output the first C
-    channels count. Raises ValueError for an unknown name and an impossible number of steps.
+    `model(x, t)` takes one step t of the full chain for the whole batch, a scalar tensor on the CPU; of its output
+    the first C channels count. Raises ValueError for an unknown name and an impossible number of steps.
     """
     steps, bars = quadratic_steps(num_steps), chain(config).alphas_bar
     scheduler = _scheduler(name, config)
-    scheduler.set_timesteps(num_steps, device=x.device)
-    scheduler.timesteps = torch.tensor(steps, device=x.device)
+    scheduler.set_timesteps(num_steps, device="cpu")
+    scheduler.timesteps = torch.tensor(steps)
     noise_to_signal = ((1 - bars[steps]) / bars[steps]).sqrt()
     scheduler.sigmas = torch.cat([noise_to_signal, noise_to_signal.new_zeros(1)]).float()  # on the CPU: read one by one
     scheduler.set_begin_index(0)  # else it looks the first step up, and the host waits for the device

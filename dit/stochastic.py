@@ -21,11 +21,11 @@ LastStep = Literal["mean", "euler", "tweedie", "none"]
 def diffusion_coefficient(form: Form, t: Tensor, path: str, norm: float = 1.0) -> Tensor:
     """w_t of a form, of t's shape, `norm` times (but see decreasing and kl_eta).
 
-    sbdm: a score-based diffusion model's own noise, beta_t / 2 on VP. kl: the least upper bound of the divergence from
-    the data (SiT, section 2.4: w^KL = 2 gain), which is the same function on every path. Both are infinite at t = 0 on
-    linear and GVP, so that a first step is far too long for them unless steps are many; kl_eta, the least of that bound
-    plus eta times the coefficient's integral, w^KL / sqrt(1 + 2 eta (w^KL)^2 / L_t), is finite. There `norm` is eta in
-    units of the training loss L_t, taken as constant in time: the paper gives neither eta nor L_t.
+    sbdm: a score-based diffusion model's own noise, beta_t / 2 on VP. kl: the coefficient that minimises the upper bound
+    of the divergence from the data (SiT, section 2.4: w^KL = 2 gain); on every path it is the same function as sbdm.
+    Both are infinite at t = 0 on linear and GVP, so that a first step is far too long for them unless steps are many.
+    kl_eta minimises that bound plus eta times the coefficient's integral, w^KL / sqrt(1 + 2 eta (w^KL)^2 / L_t), and is
+    finite. There `norm` is eta in units of the training loss L_t, taken as constant in time: the paper gives neither.
     With a float `norm`, the published form `constant` fails, and `increasing_decreasing` is misspelt there.
     """
     if form == "constant":

@@ -8,6 +8,7 @@ only the rounding.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -91,7 +92,7 @@ class TrainConfig:
 def mathematics(
     network: DiT, objective: ObjectiveConfig, train: TrainConfig, latents: str, initial: str | None = None
 ) -> str:
-    """The name of a training: a digest of all that decides its weights at a given step.
+    """The name of a training: a digest of all that decides its weights and averages at a given step.
 
     `max_steps` is no part of it where the learning rate does not depend on it: raising it continues the same training.
     `initial` is the digest of the weights that it begins with: what they are counts, and not where they lie.
@@ -124,6 +125,9 @@ def fit(
     Raises ValueError with the step where the loss is not finite; nothing of it is saved.
     """
     learner = new_learner(network, data, objective, train)
+    data = copy(data)
+    for name in ("shift", "scale"):  # once: the host waits for each such copy
+        setattr(data, name, getattr(data, name).to(network.pos_embed.device))
     step, rows, losses = 0, [], []
     if resume is not None:
         step, rows = resume.step, list(resume.values["rows"])
@@ -191,8 +195,7 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on the global batch of `step`; returns its mean loss, still on the device."""
     network, device = learner.network, learner.network.pos_embed.device
-    batch = {key: tensor.to(device, non_blocking=True) for key, tensor in data.batch(step).items()}
-    inputs = step_inputs(batch, data, network, objective, train, step)
+    inputs = step_inputs(on_device(data.batch(step), network, objective, step), data, network, objective, train, step)
     projector: nn.Module | None = learner.projector if objective.alignment.active_at(step) else None
     N = train.global_batch_size
     size = run.device_batch_size or N
@@ -210,6 +213,16 @@ def train_step(
     return total
 
 
+def on_device(batch: dict[str, Tensor], network: DiT, objective: ObjectiveConfig, step: int) -> dict[str, Tensor]:
+    """A batch on the network's device; features only while they are its condition, or tokens are aligned with them."""
+    device = network.pos_embed.device
+    if network.config.condition != "embeddings" and not objective.alignment.active_at(step):
+        batch = {key: tensor for key, tensor in batch.items() if not key.startswith("features")}
+    if device.type == "cuda":  # from pinned memory it travels while the host goes on
+        batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+
+
 def step_inputs(
     batch: dict[str, Tensor],
     data: LatentDataset,
@@ -219,6 +232,8 @@ def step_inputs(
     step: int,
 ) -> dict[str, Tensor]:
     """x, y, t and noise of a step's global batch: all randomness of the step, drawn in one fixed order.
+
+    `batch`, and the data's shift and scale, are on the network's device.
 
     And `features` (N, L, E), the mirror image's where that was picked, while tokens are aligned with them. y is the
     labels or, for a network that is conditioned on embeddings, the features; the null condition where it is dropped.
@@ -230,7 +245,7 @@ def step_inputs(
     noise = torch.randn(mean.shape, generator=draws, device=device)
     uniform, dropped, mirrored = torch.rand((3, N), generator=draws, device=device)
     mirror = mirrored < 0.5 if data.mirror else None
-    inputs = {"x": draw(batch, data.shift.to(device), data.scale.to(device), posterior, mirror)}
+    inputs = {"x": draw(batch, data.shift, data.scale, posterior, mirror)}
     features = pick_features(batch, mirror) if "features" in batch else None
     if network.config.condition == "embeddings":
         inputs["y"] = torch.where((dropped < train.class_dropout_prob).view(-1, 1, 1), network.null(N), features)

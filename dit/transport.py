@@ -48,6 +48,8 @@ class TransportConfig:
             raise ValueError(f"direction_weight must be 0 or more, got {self.direction_weight}")
         if not self.logit_std > 0:
             raise ValueError(f"logit_std must be positive, got {self.logit_std}")
+        if self.times == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError("logit_mean and logit_std are for times logit_normal: leave them at 0 and 1 with uniform")
 
 
 def linear_path(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,8 +79,11 @@ PATHS = {"linear": linear_path, "gvp": gvp_path, "vp": vp_path}
 
 
 def at(path: str, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha_t, sigma_t, d_alpha_t, d_sigma_t at times t, () or (N,), shaped to multiply x (N, ...)."""
-    return PATHS[path](t.reshape(-1, *[1] * (x.dim() - 1)))
+    """alpha_t, sigma_t, d_alpha_t, d_sigma_t at times t, () or (N,), shaped to multiply x (N, ...).
+
+    Those of one time () are scalars, of t's device: one on the CPU multiplies an x of any device.
+    """
+    return PATHS[path](t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t)
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:

@@ -159,6 +159,16 @@ def test_samplers_agree_on_equal_networks_in_other_parameterisations():
     torch.testing.assert_close(drawn[2], drawn[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [2, 3, 6, 8])
+def test_few_steps_of_eta_1_are_finite(schedule, num_steps):
+    """Their sigma^2 is all but 1 - alpha_bar, and by rounding more."""
+    diffusion = chain(DiffusionConfig(schedule=schedule), str(num_steps))
+    x = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    drawn = ddim(gaussian_model(diffusion), x, diffusion, eta=1.0, noise=lambda: x)
+    assert drawn.isfinite().all()
+
+
 def test_impossible_etas_are_refused():
     x = torch.zeros(1, 3, 1, 1)
     with pytest.raises(ValueError, match="eta must be 0"):

@@ -58,20 +58,29 @@ def test_terms_equal_the_reference(golden, label):
     x_t = diffusion.q_sample(x, t, noise)
     torch.testing.assert_close(x_t, g["q_sample"], **CLOSE)
     torch.testing.assert_close(diffusion.posterior_mean(x, x_t, t)[:, :, :2], g["q_posterior.mean"], **CLOSE)
+    log_variance = diffusion.at("posterior_log_variance", t).expand_as(x)
+    torch.testing.assert_close(log_variance[:, :, :2], g["q_posterior.log_variance"], **CLOSE)
     for clip in (0, 1):
         terms = diffusion.p_mean_log_variance(fake, x_t, t, bool(clip))
         for key, actual in zip(("mean", "log_variance", "pred_xstart"), terms, strict=True):
             torch.testing.assert_close(actual[:, :, :2], g[f"p_mean_variance.clip{clip}.{key}"], **CLOSE)
+    fake = fake.clone().requires_grad_()
+    diffusion.loss(fake, x, x_t, noise, t)["loss"].mean().backward()
+    torch.testing.assert_close(fake.grad, g["loss.grad_fake"], **CLOSE)
+
+
+@pytest.mark.parametrize("label", ["full", "250", "ddim25"])
+def test_losses_and_the_steps_that_are_asked_for_equal_the_reference(golden, label):
+    tensors, _ = golden("gaussian_terms")
+    diffusion = chain(spacing="" if label == "full" else label)
+    g = {k.removeprefix(f"{label}."): v for k, v in tensors.items()}
+    noise, fake, t, seen = g["noise"], g["fake8"], g["t"], []
     for name in ("x0", "x0_clamped"):
         losses = diffusion.loss(fake, g[name], diffusion.q_sample(g[name], t, noise), noise, t)
         for key in ("loss", "mse", "vb"):
             torch.testing.assert_close(losses[key], g[f"loss.{name}.{key}"], **CLOSE)
-    seen = []
-    training_loss(diffusion, lambda x_t, t, y: seen.append(t) or fake, x, None, t, noise)
+    training_loss(diffusion, lambda x_t, t, y: seen.append(t) or fake, g["x0"], None, t, noise)
     assert torch.equal(seen[0], g["model_t_seen"])
-    fake = fake.clone().requires_grad_()
-    diffusion.loss(fake, x, x_t, noise, t)["loss"].mean().backward()
-    torch.testing.assert_close(fake.grad, g["loss.grad_fake"], **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,30 @@ from dit.embedders import (
     timestep_embedding,
     unpatchify,
 )
+from dit.runtime import autocast
 
 
 def test_embeddings_and_layout_equal_the_reference(golden):
     tensors, _ = golden("posemb")
     for grid in (4, 6):
         torch.testing.assert_close(position_embedding(64, grid), tensors[f"pos2d_dim64_grid{grid}"], atol=1e-6, rtol=0)
+    some = position_embedding(1152, 16)[[1, 100, 255]]  # of the published XL networks' table
+    torch.testing.assert_close(some, tensors["pos2d_dim1152_grid16"], atol=1e-6, rtol=0)
     for dim in (15, 16, 256):
         torch.testing.assert_close(timestep_embedding(tensors["t"], dim), tensors[f"temb_dim{dim}"], atol=1e-6, rtol=0)
     torch.testing.assert_close(
         timestep_embedding(tensors["t_frac"], 256), tensors["temb_frac_dim256"], atol=1e-6, rtol=0
     )
     assert torch.equal(unpatchify(tensors["unpatchify.tokens"], 2), tensors["unpatchify.image"])
+
+
+def test_the_timestep_embedder_equals_the_reference_under_autocast_too(golden):
+    tensors, _ = golden("posemb")
+    embedder = TimestepEmbedder(16)
+    embedder.load_state_dict({part: tensors[f"tembedder.state.{part}"] for part in embedder.state_dict()})
+    for precision in ("fp32", "bf16"):
+        with autocast(torch.device("cpu"), precision):
+            torch.testing.assert_close(embedder(tensors["t"]), tensors["tembedder.out"], atol=1e-6, rtol=0)
 
 
 def test_patches_of_four_equal_the_reference(golden):

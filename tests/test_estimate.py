@@ -102,11 +102,8 @@ def test_training_memory_equals_the_measured_peak():
 def test_sampling_holds_weights_and_a_few_vectors_a_token():
     config = ModelConfig("DiT-S/2")
     told = {"input_size": 32, "in_channels": 4, "num_classes": 1000}
-    guided, plain, half = (
-        estimate.sampling_memory(config, batch_size=64, precision=precision, guided=guided, **told)
-        for precision, guided in (("fp32", True), ("fp32", False), ("bf16", True))
-    )
-    assert guided == 2 * half and guided - plain == plain - 4 * 32_963_360
+    guided, plain = (estimate.sampling_memory(config, batch_size=64, guided=guided, **told) for guided in (True, False))
+    assert guided - plain == plain - 4 * 32_963_360
     # 288 MB beyond the weights were measured on a CPU for 64 images without guidance.
     assert plain - 4 * 32_963_360 == pytest.approx(288e6, rel=0.05)
 

@@ -52,8 +52,9 @@ def test_parameter_count_equals_the_published_one(name):
     assert sum(tensor.numel() for tensor in network.state_dict().values()) == PUBLISHED_PARAMETERS[name]
 
 
-def test_forward_equals_the_reference(golden_network):
-    network, tensors = golden_network("dit_forward_p2")
+@pytest.mark.parametrize("patches", ["p2", "p4"])
+def test_forward_equals_the_reference(golden_network, patches):
+    network, tensors = golden_network(f"dit_forward_{patches}")
     with torch.no_grad():
         torch.testing.assert_close(
             network(tensors["in.x"], tensors["in.t"], tensors["in.y"]), tensors["out.forward"], atol=2e-5, rtol=1e-5
@@ -76,12 +77,14 @@ def test_gradients_equal_the_reference(golden_network):
     actual = {"x": x.grad} | {name: parameter.grad for name, parameter in network.named_parameters()}
     assert len(expected) >= 7
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, atol=1e-4 * gradient.abs().max().item(), rtol=0, msg=name)
+        rows = actual[name][:: len(actual[name]) // len(gradient)]  # of the largest, every sixth is carried
+        torch.testing.assert_close(rows, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("convention", ["published", "diffusers"])
 def test_network_equals_diffusers_transformer(convention):
-    """Another implementation on the same random weights; its timestep frequencies are set to the published ones."""
+    """Another implementation on the same random weights, as it is; or with its timestep frequencies set to the
+    published ones, by the network that has those."""
     torchvision_cpu.prepare()
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 

@@ -23,6 +23,12 @@ def test_threads_are_as_asked_for():
         torch.set_num_threads(before)
 
 
+def test_a_cpu_multiplies_as_before():
+    before = torch.get_float32_matmul_precision()
+    start(RunConfig(device="cpu"))
+    assert torch.get_float32_matmul_precision() == before == "highest"
+
+
 def test_bf16_is_used_only_where_asked_for():
     layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

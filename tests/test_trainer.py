@@ -11,7 +11,7 @@ from dit.latents import LatentDataset
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.runtime import RunConfig
-from dit.trainer import TrainConfig, fit, mathematics, step_inputs
+from dit.trainer import TrainConfig, fit, mathematics, on_device, step_inputs
 
 RUN = RunConfig(log_every_steps=3, checkpoint_every_steps=4)
 TRANSPORT, DIFFUSION = ObjectiveConfig("transport"), ObjectiveConfig("diffusion")
@@ -129,6 +129,13 @@ def test_features_as_a_condition_and_as_a_target_are_those_of_the_picture_that_w
     assert all(torch.equal(plain[key], inputs[key]) for key in ("x", "t", "noise"))  # the same random numbers
     assert torch.equal(plain["y"] == 3, dropped)
     assert "features" not in step_inputs(data.batch(5), data, embedding_network(), ALIGNED, config, 5)
+
+
+def test_features_travel_only_while_they_are_used(featured):
+    data = LatentDataset(featured, 0, 4)
+    carried = lambda network, step: "features" in on_device(data.batch(step), network, ALIGNED, step)  # noqa: E731
+    assert [carried(new_network(), step) for step in (0, 4, 5)] == [True, True, False]  # aligned for five steps
+    assert carried(embedding_network(), 5)
 
 
 def test_an_unconditional_network_sees_no_label(latents):

@@ -208,6 +208,8 @@ def test_the_direction_term_is_the_cosine_along_channels():
         ({"prediction": "noise", "direction_weight": 1.0}, "needs prediction velocity"),
         ({"direction_weight": -1.0}, "0 or more"),
         ({"logit_std": 0.0}, "logit_std must be positive"),
+        ({"logit_mean": -0.5}, "for times logit_normal: leave them at 0 and 1 with uniform"),
+        ({"logit_std": 2.0}, "for times logit_normal"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(setting, words):
