@@ -9,8 +9,8 @@ larger than the others; for the same reason hands come in all five skin tones an
 font draws as one glyph becomes a PNG on white, FOLDER/<class>/<code points>.png; glyphs that equal an earlier one to
 the last byte (the flag of Norway is that of two of its islands too) are left out. The pictures depend on the packages'
 versions and on nothing else. A person in another skin tone is nearly the same picture: that some such pairs are
-divided between training and held-out images makes the floors of the metrics a little low. The font is under the SIL Open Font License 1.1, Unicode's table under the Unicode licence; the
-pictures are not part of this repository.
+divided between training and held-out images makes the floors of the metrics a little low. The font is under the SIL
+Open Font License 1.1, Unicode's table under the Unicode licence; the data set is not part of this repository.
 """
 
 import argparse

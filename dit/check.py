@@ -18,11 +18,14 @@ def stage_functions() -> list[Callable[..., None]]:
     return [getattr(importlib.import_module(f"dit.stages.{name}"), name) for name in STAGES]
 
 
-def check(paths: Paths) -> dict[str, Any]:
-    """The sections of params.yaml, valid and fitting together. Raises ValueError with a line for each fault."""
+def check(paths: Paths, *, files: bool = True) -> dict[str, Any]:
+    """The sections of params.yaml, valid and fitting together. Raises ValueError with a line for each fault.
+
+    With `files` what they name on this disk is looked at too: train.init_from's folder, encode.features' file.
+    """
     require_git(paths)
     sections = check_sections(stage_functions(), read_params(paths.params))
-    faults = list(conflicts(sections))
+    faults = list(conflicts(sections, paths.root if files else None))
     if faults:
         raise ValueError("\n".join(faults))
     return sections
@@ -40,11 +43,14 @@ def require_git(paths: Paths) -> None:
         )
 
 
-def conflicts(sections: dict[str, Any]):
-    """Yield a line for each pair of settings that cannot go together."""
-    from dit.generation import require_sampler
+def conflicts(sections: dict[str, Any], root: Path | None = None):
+    """Yield a line for each pair of settings that cannot go together; with the project's `root` also for files that they
+    name and that are not there, or are of no use."""
+    from dit.alignment import require_alignment
+    from dit.embeddings import require_source
     from dit.metrics import metric_names
-    from dit.trainer import require_objective
+    from dit.objective import require_objective
+    from dit.setting import require_sampler
 
     data, vae, model, sample = (sections[name] for name in ("data", "vae", "model", "sample"))
     factor = latent_factor(vae)
@@ -52,32 +58,64 @@ def conflicts(sections: dict[str, Any]):
         yield f"data.image_size: {data.image_size} is no multiple of {factor}, the autoencoder's factor"
     elif factor and (side := data.image_size // factor) % (patch := model.resolved().patch_size):
         yield f"model.patch_size: {patch} does not divide the latent side {side} (image size {data.image_size} / {factor})"
+    aligned, featured = sections["objective"].alignment, sections["encode"].features is not None
     rules = [lambda: require_objective(model, sections["objective"])]
-    rules += [lambda s=s: require_sampler(s, sections["objective"].name, data.num_classes) for s in sample.settings]
+    if (features := sections["encode"].features) and root is not None:
+        rules.append(lambda: require_source(features))
+    rules += [lambda: require_alignment(aligned, model.resolved().depth, (1, 1) if featured else None)]
+    conditional = model.condition == "embeddings" or (model.condition == "classes" and data.num_classes)
+    rules += [lambda s=s: require_sampler(s, sections["objective"].name, conditional) for s in sample.settings]
+    if root is not None and sections["train"].init_from is not None:
+        rules.append(lambda: require_initial(sections, root, factor))
     for rule in rules:
         try:
             rule()
         except ValueError as error:
             yield str(error)
+    if model.condition == "embeddings" and not features:
+        yield "model.condition: embeddings are those of encode.features, which is null: name a file or an extractor"
     if data.held_out_fraction == 0:
         yield "data.held_out_fraction: 0 leaves nothing to judge the model by: give it some images"
     if sample.num_images <= sections["evaluate"].nearest_k:
         yield f"sample.num_images: {sample.num_images} is too few for evaluate.nearest_k {sections['evaluate'].nearest_k}"
     train, ema, register = sections["train"], sections["ema"], sections["register"]
     guided = [setting.name for setting in sample.settings if setting.cfg_scale != 1]
-    if guided and train.class_dropout_prob == 0:
+    if guided and train.class_dropout_prob == 0 and train.max_steps:
         yield f"train.class_dropout_prob: 0 leaves the null label untrained, and sample.settings {guided[0]!r} guides with it"
     every = train.snapshot_every_steps
     kept = {train.max_steps, *(range(every, train.max_steps, every) if every else ())}
-    if ema.step is not None and ema.step not in kept:
+    if ema.weights == "raw" and ema.step not in (None, train.max_steps):
+        yield f"ema.step: raw weights are kept of the last step {train.max_steps} only: use null, or ema.weights ema"
+    elif ema.step is not None and ema.step not in kept:
         yield f"ema.step: no average of step {ema.step} is kept: use null, or a multiple of train.snapshot_every_steps"
+    if ema.sigma_rel is not None and not train.power_ema:
+        yield "ema.sigma_rel: training keeps no power-function averages: set train.power_ema, say to [0.05, 0.1]"
     if sections["reference"].max_shift_pixels >= data.image_size // 2:
         yield f"reference.max_shift_pixels: must be below half of data.image_size, got {sections['reference'].max_shift_pixels}"
-    if register.metric not in (metrics := metric_names(bool(data.num_classes))) and "_" not in register.metric:
+    metrics = metric_names(bool(data.num_classes), conditional=model.condition != "none")
+    begins = {metric.partition("_")[0] for metric in metrics}  # a full name has the extractor and the count in it
+    full = "_" in register.metric and register.metric.partition("_")[0] in begins
+    if register.metric not in metrics and not full:
         yield f"register.metric: {register.metric!r} is not among the metrics: use one of {', '.join(metrics)}"
     names = [setting.name for setting in sample.settings]
     if register.setting not in names:
         yield f"register.setting: {register.setting!r} is not one of sample.settings ({', '.join(names)})"
+
+
+def require_initial(sections: dict[str, Any], root: Path, factor: int | None) -> None:
+    """Raise ValueError where train.init_from's folder holds no weights, or those of another network than `model`."""
+    from dit.finetune import require_fit
+
+    data, vae, train = (sections[name] for name in ("data", "vae", "train"))
+    require_fit(
+        train.init_from,
+        root,
+        sections["model"],
+        sections["objective"],
+        input_size=data.image_size // factor if factor else None,
+        in_channels=vae.latent_channels if vae.pretrained is None else None,
+        trained=train.max_steps > 0,
+    )
 
 
 def latent_factor(vae: Any) -> int | None:

@@ -21,8 +21,54 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--dry-run", action="store_true", help="show the difference and change nothing")
     command.set_defaults(run=preset)
 
+    command = commands.add_parser("init", help="look at a folder of images and at this machine, and write params.yaml")
+    command.add_argument("folder", help="PNG, JPEG, WebP: a sub-folder for each class, or all in one")
+    command.add_argument("--name", help="a-z 0-9 _ ; default: the folder's")
+    command.add_argument("--preset", help="default: chosen by the images and the machine")
+    command.add_argument(
+        "--no-mirror", action="store_true", help="for text, digits, and whatever has a left and a right"
+    )
+    command.add_argument("--dry-run", action="store_true", help="show what would change and change nothing")
+    command.set_defaults(run=init)
+
     command = commands.add_parser("clean", help="delete the states of earlier trainings in scratch/ (results stay)")
     command.set_defaults(run=clean)
+
+    command = commands.add_parser("import", help="turn published DiT or SiT weights, or a diffusers folder, into ours")
+    command.add_argument("source", metavar="FILE|FOLDER", type=Path)
+    command.add_argument("--output", type=Path, help="default: weights/NAME, of the source's name")
+    command.add_argument("--license", help="of the weights; default: as their folder says, CC-BY-NC-4.0 for a DiT file")
+    command.add_argument("--objective", choices=("diffusion", "transport"), help="default: by the name, DiT or SiT")
+    command.add_argument("--num-classes", type=int, help="another number than theirs begins the label table anew")
+    command.add_argument("--image-size", type=int, help="pixels; another than theirs computes the position table anew")
+    command.add_argument("--num-heads", type=int, help="default: the published network's of the same width")
+    command.add_argument("--factor", type=int, help="pixels per latent; default: the folder's autoencoder's, else 8")
+    command.add_argument(
+        "--timestep-embedding",
+        choices=("published", "diffusers"),
+        help="default: published, and diffusers for a diffusers folder that is no conversion of published weights",
+    )
+    command.set_defaults(run=import_weights)
+
+    command = commands.add_parser("export", help="write a checkpoint for other software")
+    command.add_argument("checkpoint", nargs="?", type=Path, default=Path("artifacts/ema"))
+    command.add_argument("--format", choices=("diffusers",), required=True)
+    command.add_argument("--output", type=Path, required=True)
+    command.add_argument("--vae", type=Path, default=Path("artifacts/vae"))
+    command.add_argument("--with-code", action="store_true", help="exact for published timestep frequencies, by code")
+    command.set_defaults(run=export_weights)
+
+    command = commands.add_parser("info", help="what a network costs: parameters, Gflops, memory, hours, price")
+    command.add_argument("name", nargs="?", help="DiT-S/2 to SiT-XL/8, or params (params.yaml's); none: all twelve")
+    command.add_argument("--image-size", type=int, help="pixels; default: 256")
+    command.add_argument("--block", help="adaln_zero (default), adaln, cross_attention or in_context")
+    command.add_argument("--batch-size", type=int, help="images on a device at a time; default: params.yaml's, 32")
+    command.add_argument("--precision", choices=("bf16", "fp32"), help="of training; default: params.yaml's, bf16")
+    command.add_argument("--device", default="H100", help="A100, H100 (default), H200, L4, RTX 4090, TPU v3 to v6e")
+    command.add_argument("--price", type=float, help="US dollars an hour of one device; default: the table's")
+    command.add_argument("--mfu", type=float, help="share of the peak that training reaches; default: 0.2, fp32 0.1")
+    command.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    command.set_defaults(run=info)
 
     options = parser.parse_args(arguments)
     try:
@@ -33,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `dit preset | head`
         sys.stderr.close()
         return 1
+    except OSError as error:  # of a place that cannot be written or read
+        print(f"dit: {error.filename}: {error.strerror}" if error.filename else f"dit: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -48,10 +97,18 @@ def preset(options: argparse.Namespace) -> None:
 
     if options.name is None:
         for name in presets.names():
-            print(f"{name:<12} {presets.headline(name)}")
+            print(f"{name:<15} {presets.headline(name)}")
         return
     change = presets.apply(options.name, Path("params.yaml"), write=not options.dry_run)
     print(change or f"params.yaml holds the preset {options.name} already")
+
+
+def init(options: argparse.Namespace) -> None:
+    from dit import start
+    from dit.paths import Paths
+
+    wanted = {"name": options.name, "preset": options.preset, "mirror": not options.no_mirror}
+    print("\n".join(start.init(options.folder, Paths(), **wanted, write=not options.dry_run)))
 
 
 def clean(options: argparse.Namespace) -> None:
@@ -61,6 +118,42 @@ def clean(options: argparse.Namespace) -> None:
     with entry.stage_lock("train", Paths()):  # a running training keeps its state
         freed = resume.clean(Paths())
     print(f"{freed / 1e6:.1f} MB freed")
+
+
+def info(options: argparse.Namespace) -> None:
+    import json
+
+    from dit import check, info
+    from dit.paths import Paths
+
+    def mine() -> dict:
+        sections, artifacts = check.check(Paths(), files=False), Paths().artifacts
+        index, fit = (artifacts / name for name in ("encode/index.json", "vae/fit.json"))
+        encoded = json.loads(index.read_text()) if index.is_file() else None
+        if encoded and fit.is_file():
+            encoded["pretrained"] = json.loads(fit.read_text()).get("pretrained")
+        return info.of_params(sections, check.latent_factor(sections["vae"]), encoded)
+
+    told = {name: value for name, value in vars(options).items() if name != "run"}
+    print(info.answer(told.pop("name"), mine=mine, **told))
+
+
+def import_weights(options: argparse.Namespace) -> None:
+    from dit import importing
+
+    name = options.source.stem if options.source.is_file() else options.source.resolve().name
+    output = options.output or Path("weights") / name
+    told = {name: value for name, value in vars(options).items() if name not in ("run", "source", "output")}
+    chosen = options.output is not None
+    said = importing.import_weights(options.source, output, importing.Wanted(**told), replace=chosen)
+    print("\n".join([f"{output}:", *said]))
+
+
+def export_weights(options: argparse.Namespace) -> None:
+    from dit import exporting
+
+    said = exporting.export_diffusers(options.checkpoint, options.vae, options.output, with_code=options.with_code)
+    print("\n".join([f"{options.output}:", *said]))
 
 
 if __name__ == "__main__":

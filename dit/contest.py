@@ -79,15 +79,14 @@ def beats(metric: str, value: float, champion: float) -> bool:
     return value < champion if lower_is_better(metric) else value > champion
 
 
-def forbidden(config: dict[str, Any], allowed_licenses: Sequence[str] | None) -> str | None:
-    """Why a checkpoint of this config.json may not become champion: its weights descend from somebody's whose licence
-    is not among the allowed ones. None where it may: own weights have no licence, and no list allows all."""
-    license = config.get("license")
+def forbidden(license: str | None, allowed_licenses: Sequence[str] | None) -> str | None:
+    """Why weights under this licence may not be champion's: they descend from somebody's, whose licence is not among
+    the allowed ones. None where they may: own weights have no licence, and no list allows all."""
     if license is None or allowed_licenses is None:
         return None
     if license.lower() in (allowed.lower() for allowed in allowed_licenses):
         return None
-    return f"Its weights are under {license}, which is not among register.allowed_licenses."
+    return f"under {license}, which is not among register.allowed_licenses"
 
 
 def rescore(
@@ -119,4 +118,7 @@ def rescore(
         images, labels = generate_blocks(checkpoint, autoencoder, setting, sample, progress=progress)
     except ValueError as error:
         raise Incomparable(" ".join(str(error).split())) from error
-    return score(images, labels, reference, evaluate)[candidate.metric], setting
+    figures = score(images, labels, reference, evaluate)
+    if candidate.metric not in figures:
+        raise Incomparable(f"it has no {candidate.metric}, since it knows no classes")
+    return figures[candidate.metric], setting

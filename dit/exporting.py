@@ -5,6 +5,8 @@ latents by one number, and takes label 1000 for "no class". What does not fit th
 """
 
 import importlib.metadata
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dit.checkpoint import Checkpoint, load_checkpoint, load_tensors, save_tensors
-from dit.interop import RECORD, WEIGHTS, beside, read_json, require_place, to_diffusers
+from dit.foreign import Settings, read_json
+from dit.interop import RECORD, WEIGHTS, beside, require_place, to_diffusers
 from dit.model import DiT, ModelConfig
 from dit.objective import objective_from
 from dit.paths import write_json
@@ -32,9 +35,11 @@ def export_diffusers(source: Path, vae: Path, output: Path, *, with_code: bool =
 
     Raises ValueError, and writes nothing, where diffusers has no words for the model.
     """
-    require_place(output, "model_index.json", "DiTPipeline")
+    parts = {"model_index.json", "README.md", "scheduler", "transformer", "vae"}
+    require_place(output, "transformer/config.json", {RECORD}, parts)
     checkpoint = load_checkpoint(source)
     require_expressible(checkpoint, source)
+    require_whole(checkpoint, source)
     require_vae(vae, checkpoint, source)
     network, said = checkpoint.model, []
     published = network.config.timestep_embedding == "published"
@@ -62,11 +67,12 @@ def export_diffusers(source: Path, vae: Path, output: Path, *, with_code: bool =
 def require_expressible(checkpoint: Checkpoint, source: Path) -> None:
     """Raise ValueError with the first reason for which diffusers' DiTPipeline cannot hold this model."""
     config, network = checkpoint.model.config, checkpoint.model
+    told = Settings(f"{source}/config.json: ", checkpoint.config)
     usual = ModelConfig("custom", 1, 4, 1, 1)
     modern = [key for key in ("norm", "mlp", "rotary", "qk_norm") if getattr(config, key) != getattr(usual, key)]
     reasons = {
         "its objective is transport, and DiTPipeline denoises a discrete chain": (
-            checkpoint.config["objective"]["name"] != "diffusion"
+            told.within("objective").one_of("name", ("diffusion", "transport")) != "diffusion"
         ),
         f"its blocks are {config.block}, and diffusers has adaln_zero only": config.block != "adaln_zero",
         "its condition is no class, and DiTPipeline always asks for one": network.num_classes == 0,
@@ -82,14 +88,31 @@ def require_expressible(checkpoint: Checkpoint, source: Path) -> None:
             raise ValueError(f"{source} cannot be exported to diffusers: {reason}")
 
 
+def require_whole(checkpoint: Checkpoint, source: Path) -> None:
+    """Raise ValueError where config.json lacks something that the export is written from, or tells it wrongly."""
+    told, network = Settings(f"{source}/config.json: ", checkpoint.config), checkpoint.model
+    latents = told.within("latents")
+    channels = len(latents.each("mean", float)), len(latents.each("std", float, above=0))
+    if channels != (network.in_channels,) * 2 or len(told.each("classes", str)) != network.num_classes:
+        raise ValueError(f"{told.place}classes or latents do not fit the network's tensors")
+    latents.get("autoencoder", str, None)
+    told.get("image_size", int, above=0)
+    told.get("license", str, None)
+    told.one_of("weights", ("ema", "raw"))
+    try:
+        objective_from(checkpoint.config["objective"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{told.place}objective is none that this code knows ({error})") from None
+
+
 def require_vae(vae: Path, checkpoint: Checkpoint, source: Path) -> None:
     """Raise ValueError unless `vae` is the checkpoint's autoencoder, or, where that is not known, could be."""
     if missing := [name for name in ("config.json", f"{WEIGHTS}.safetensors") if not (vae / name).is_file()]:
         raise ValueError(f"--vae {vae} is not an autoencoder's folder: {missing[0]} is missing")
     config, network = read_json(vae / "config.json"), checkpoint.model
     own, side = checkpoint.config["latents"]["autoencoder"], checkpoint.config["image_size"]
-    factor = 2 ** (len(config.get("block_out_channels", [])) - 1)
-    fits = (config.get("latent_channels"), factor * network.input_size) == (network.in_channels, side)
+    factor = 2 ** (len(config.each("block_out_channels", int, above=0)) - 1)
+    fits = (config.get("latent_channels", int), factor * network.input_size) == (network.in_channels, side)
     if not fits or own not in (None, digest_of(vae)):
         raise ValueError(f"--vae {vae} is not the autoencoder that {source} was trained on")
 
@@ -148,7 +171,7 @@ def write_vae(folder: Path, vae: Path, latents: dict[str, Any]) -> None:
     either side of the latents, which is exact: W (s z + m) + b = (W s) z + (W m + b).
     """
     folder.mkdir()
-    config, weights = read_json(vae / "config.json"), f"{WEIGHTS}.safetensors"
+    config, weights = read_json(vae / "config.json").values, f"{WEIGHTS}.safetensors"
     mean, std = (torch.tensor(latents[key], dtype=torch.float64) for key in ("mean", "std"))
     config["scaling_factor"], config["shift_factor"] = 1 / latents["std"][0], None
     if not mean.any() and len(set(latents["std"])) == 1:
@@ -200,7 +223,8 @@ def timestep_error(network: DiT) -> tuple[float, float]:
 def card(config: dict[str, Any], said: list[str], coded: bool) -> str:
     """README.md: a model card, whose front matter carries the licence."""
     license = config.get("license")
-    front = ["---", "library_name: diffusers", *([f"license: {license.lower()}"] if license else []), "---"]
+    name = license and (license.lower() if re.fullmatch(r"[\w.+-]+", license) else json.dumps(license))
+    front = ["---", "library_name: diffusers", *([f"license: {name}"] if license else []), "---"]
     lines = ["A class-conditional diffusion transformer, exported by dit.", "", "```python"]
     lines += ["from diffusers import DiTPipeline", ""]
     lines += ["pipeline = " + OPEN.format(folder="this folder", trust=", trust_remote_code=True" if coded else "")]

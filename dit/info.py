@@ -1,14 +1,16 @@
 """The pages of `dit info`: one network in detail, or a table of them, with what was assumed."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from dit import estimate
-from dit.model import ModelConfig
+from dit.model import PATCH_SIZES, ModelConfig
 
 FACTOR, IN_CHANNELS, NUM_CLASSES = 8, 4, 1000  # the published models': latents of 1/8 of the side, ImageNet
+DEFAULTS = {"batch_size": 32, "precision": "bf16"}
 
 
 def answer(
@@ -16,8 +18,8 @@ def answer(
     *,
     image_size: int | None = None,
     block: str | None = None,
-    batch_size: int = 32,
-    precision: estimate.Precision = "bf16",
+    batch_size: int | None = None,
+    precision: estimate.Precision | None = None,
     device: str = "H100",
     price: float | None = None,
     mfu: float | None = None,
@@ -26,21 +28,25 @@ def answer(
 ) -> str:
     """The text of `dit info`: of the network `name`, of all twelve (None), or of params.yaml's (`params`).
 
-    `mine()` tells params.yaml's network, as `of_params` does. Raises ValueError for what a person mistyped.
+    `mine()` tells params.yaml's network, as `of_params` does. What is None is as params.yaml says, or else as in
+    DEFAULTS. Raises ValueError for what a person mistyped.
     """
-    chosen, mfu = estimate.device_named(device), estimate.ASSUMED_MFU[precision] if mfu is None else mfu
-    if batch_size < 1:
+    chosen, own = estimate.device_named(device), name == "params" and mine is not None
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"--mfu must be above 0 and at most 1, got {mfu}")
-    if price is not None and not price >= 0:
-        raise ValueError(f"--price must not be negative, got {price}")
+    if price is not None and not 0 <= price < math.inf:
+        raise ValueError(f"--price must be a number of US dollars, 0 or more, got {price}")
+    if own and (image_size is not None or block is not None):
+        raise ValueError("--image-size and --block are said by params.yaml: leave them out, or name a network")
+    network = mine() if own else {}
+    said = {key: network.pop(key, default) for key, default in DEFAULTS.items()}
+    precision, batch_size = precision or said["precision"], batch_size or said["batch_size"]
+    mfu = estimate.ASSUMED_MFU[precision] if mfu is None else mfu
     chosen = chosen if price is None else replace(chosen, price=price)
     assumed = {"device": chosen, "batch_size": batch_size, "precision": precision, "mfu": mfu}
-    if name == "params" and mine is not None:
-        if image_size is not None or block is not None:
-            raise ValueError("--image-size and --block are said by params.yaml: leave them out, or name a network")
-        network = mine()
+    if own:
         title, recipe = network.pop("title"), network.pop("recipe")
         rows = [estimate.row("params", **network, **assumed)]
     else:
@@ -60,12 +66,13 @@ def published(name: str | None, image_size: int, block: str, **assumed: Any) -> 
 
     Raises ValueError where the name is not known, or the sizes do not fit.
     """
-    if image_size < FACTOR or image_size % FACTOR:
-        raise ValueError(f"--image-size must be a multiple of {FACTOR} pixels, got {image_size}")
     if name is not None and _dit(name) not in estimate.names():
         raise ValueError(
             f"{name!r} is no published network: choose DiT-S/2 to DiT-XL/8, SiT-S/2 to SiT-XL/8, or params for yours"
         )
+    token = FACTOR * max(PATCH_SIZES if name is None else (int(name.partition("/")[2]),))
+    if image_size < token or image_size % token:
+        raise ValueError(f"--image-size must be a multiple of {token} for {name or 'all twelve'}, got {image_size}")
     return [
         estimate.row(
             each,
@@ -80,20 +87,29 @@ def published(name: str | None, image_size: int, block: str, **assumed: Any) -> 
     ]
 
 
-def of_params(sections: dict[str, Any], factor: int, index: dict[str, Any] | None) -> dict[str, Any]:
+def of_params(sections: dict[str, Any], factor: int | None, index: dict[str, Any] | None) -> dict[str, Any]:
     """params.yaml's network and training, for `answer`.
 
-    `factor` is pixels per latent. `index` is the encoded data's index.json where it is there: an autoencoder that
-    comes from elsewhere, and embeddings, have sizes that params.yaml does not say.
+    `factor` is pixels per latent, None where nobody knows. `index` is the encoded data's index.json where it is there:
+    an autoencoder that comes from elsewhere, and embeddings, have sizes that params.yaml does not say. It counts as far
+    as it is of this image size, this autoencoder and these features.
     """
-    data, vae, model, train = (sections[name] for name in ("data", "vae", "model", "train"))
+    data, vae, model, train, run = (sections[name] for name in ("data", "vae", "model", "train", "run"))
+    index = index if index and _is_of(index, data, vae, factor) else None
     features = (index or {}).get("features")
-    if model.condition == "embeddings" and not features:
+    if model.condition == "embeddings" and (not features or features["source"] != sections["encode"].features):
         raise ValueError("model.condition embeddings: their shape is known once `dvc repro encode` has run")
-    channels = index["channels"] if index else IN_CHANNELS if vae.pretrained else vae.latent_channels
-    side = index["size"] if index else data.image_size // factor
+    if index:
+        side, channels, latents = index["size"], index["channels"], "as encoded (artifacts/encode)"
+    else:
+        side, channels = data.image_size // (factor or FACTOR), IN_CHANNELS if vae.pretrained else vae.latent_channels
+        known = factor and not vae.pretrained
+        latents = (
+            f"by arithmetic, {factor or FACTOR} pixels each{'' if known else f' and {channels} channels, assumed'}"
+        )
     return {
-        "title": f"The network of params.yaml ({model.name}) at {data.image_size} pixels, {data.num_classes} classes",
+        "title": f"The network of params.yaml ({model.name}) at {data.image_size} pixels, {data.num_classes} classes; "
+        f"its latents {latents}",
         "recipe": f"params.yaml's {train.max_steps:,} steps of {train.global_batch_size} images",
         "config": model,
         "input_size": side,
@@ -101,7 +117,16 @@ def of_params(sections: dict[str, Any], factor: int, index: dict[str, Any] | Non
         "num_classes": data.num_classes,
         "condition_shape": tuple(features["shape"]) if features else None,
         "images": train.max_steps * train.global_batch_size,
+        "batch_size": run.device_batch_size or train.global_batch_size,
+        "precision": train.precision,
+        "averages": 1 + len(train.power_ema),
     }
+
+
+def _is_of(index: dict[str, Any], data: Any, vae: Any, factor: int | None) -> bool:
+    fitting = index["image_size"] == data.image_size and index.get("pretrained", vae.pretrained) == vae.pretrained
+    fitting = fitting and (factor is None or index["size"] == data.image_size // factor)
+    return fitting and (vae.pretrained is not None or index["channels"] == vae.latent_channels)
 
 
 def _dit(name: str) -> str:
@@ -170,8 +195,8 @@ def _notes(
 ) -> list[str]:
     return [
         "Gflops: multiply-accumulates of one image's forward pass, as the papers count.",
-        f"Memory: {batch_size} images on a device at a time, {precision}, eager torch; training with Adam and one EMA,",
-        "  sampling guided, without the autoencoder.",
+        f"Memory: {batch_size} images on a device at a time, eager torch; training in {precision} with Adam and averages,",
+        "  sampling in fp32 (drawing is always), guided, without the autoencoder.",
         f"Hours: {recipe}, on one {device.name}",
         f"  at {mfu:.0%} of its {device.peak_flops / 1e12:,.0f} TFLOP/s (bf16). That share is an assumption, made from published XL/2",
         "  trainings; small networks reach less. --mfu says another.",

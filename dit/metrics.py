@@ -61,7 +61,7 @@ class Reference:
 
 
 def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: EvaluateConfig) -> dict[str, float]:
-    """All metrics of uint8 images (N, H, W, 3) and the labels (N,) that they were drawn for, by name.
+    """All metrics of uint8 images (N, H, W, 3) and the labels (N,) that they were drawn for (-1 = none), by name.
 
     Raises ValueError for too few images: N must exceed the neighbours and splits that the settings ask for.
     """
@@ -108,15 +108,20 @@ def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: Eva
         splits = min(evaluate.is_splits, len(images))
         isc = isc_features_to_metric(features["logits"], splits=splits, shuffle=True, rng_seed=evaluate.seed)
         result[f"inception_score_{space}_{count}"] = isc["inception_score_mean"]
+    if known.num_classes and (labels >= 0).all():
         judge = extract(load_classifier(reference / "judge.safetensors"), images)["logits"].argmax(dim=1)
         result[f"class_agreement_{count}"] = float((judge.numpy() == labels).mean())
     return {name: float(value) for name, value in result.items()}
 
 
-def metric_names(classes: bool) -> tuple[str, ...]:
-    """The metrics that `score` gives, without extractor and count."""
+def metric_names(classes: bool, *, conditional: bool = True) -> tuple[str, ...]:
+    """The metrics that `score` gives, without extractor and count, where the images have classes or have none.
+
+    A model that is not `conditional` on anything is not asked for a class, so there is none to agree with.
+    """
     names = ("fid", "fid_pooled", "kid_pooled", "precision", "recall")
-    return (*names, "inception_score", "class_agreement") if classes else names
+    names += ("inception_score",) if classes else ()
+    return (*names, "class_agreement") if classes and conditional else names
 
 
 def short_count(count: int) -> str:

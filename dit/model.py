@@ -56,7 +56,7 @@ class ModelConfig:
     condition: Condition = "classes"
     timestep_embedding: Convention = "published"  # frequencies k/128; diffusers: k/127
     norm: Norm = "layer"
-    mlp: Mlp = "gelu"  # swiglu: two thirds of the width, as many parameters
+    mlp: Mlp = "gelu"  # swiglu: two thirds of the width, as many parameters, within 1%
     rotary: bool = False  # 2-D rotary positions on queries and keys, beside the sine-cosine table
     qk_norm: bool = False
 
@@ -89,6 +89,9 @@ class ModelConfig:
                 )
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+        width = self.hidden_size if self.name == "custom" else SIZES[size][1]
+        if width * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio must leave the MLP a width of at least 1, got {self.mlp_ratio}")
 
     def resolved(self) -> "ModelConfig":
         """The same network with every size spelled out."""

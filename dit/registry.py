@@ -1,5 +1,7 @@
 """The registry of models at MLflow: numbered versions found by the digest of what they hold, and their aliases."""
 
+import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -8,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dit import store, tracking
+from dit.config import digest
 from dit.paths import Paths, publish
 
 DIGEST = "dit.digest"  # the tag that a version is found by: it is there from the moment the version is
+REGISTRY_URI = "MLFLOW_REGISTRY_URI"  # where the registry is, if elsewhere than the runs
 FETCH_SECONDS = 300  # for one request, which may carry the weights
 
 
@@ -117,23 +121,29 @@ class Registry:
 def download(paths: Paths, name: str, which: str | int) -> Path:
     """The checkpoint folder of a registered model, by its alias or its number, kept in scratch/initial.
 
-    A version that is there already is not fetched again, and a number then needs no server. Raises ValueError where
-    the server cannot be reached or does not know it.
+    A version that is there already is not fetched again, and a number then does without a server that does not answer.
+    It counts as the same where the server's address, the name, the number and what the version holds are. Raises
+    ValueError where the server cannot be reached or does not know it.
     """
     place = f"models:/{name}" + (f"/{which}" if isinstance(which, int) else f"@{which}")
-    kept = paths.scratch / "initial"
-    if isinstance(which, int) and (kept / f"{name}-{which}").is_dir():
-        return kept / f"{name}-{which}"
+    kept, address = paths.scratch / "initial", digest(store.tracking_uri(paths), os.environ.get(REGISTRY_URI))[:8]
     try:
         with store.translated():
             client = tracking.connect(paths, timeout_seconds=FETCH_SECONDS)
-            told = client.get_model_version(name, str(which)) if isinstance(which, int) else None
-            number = int((told or client.get_model_version_by_alias(name, which)).version)
-            folder = kept / f"{name}-{number}"
+            version = (
+                client.get_model_version(name, str(which))
+                if isinstance(which, int)
+                else client.get_model_version_by_alias(name, which)
+            )
+            content = version.tags.get(DIGEST) or [version.run_id, version.source, version.creation_timestamp]
+            folder = kept / f"{name}-{version.version}-{address}-{digest(content)[:8]}"
             if not folder.is_dir():
-                _fetch_part(f"models:/{name}/{number}", "artifacts/ema", folder, paths)
+                _fetch_part(f"models:/{name}/{version.version}", "artifacts/ema", folder, paths)
         return folder
     except store.Unreachable as error:
+        there = [] if store.absent(error.__cause__) else sorted(kept.glob(f"{glob.escape(name)}-{which}-{address}-*"))
+        if isinstance(which, int) and there:
+            return max(there, key=lambda folder: folder.stat().st_mtime)
         raise ValueError(f"{place} could not be fetched ({store.one_line(error)})") from None
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dit.presets import names
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,7 +32,8 @@ def dit(tmp_path):
 
 
 def test_preset_lists_shows_and_puts(dit):
-    assert [line.split()[0] for line in dit("preset").stdout.splitlines()] == ["digits", "smoke", "xl2"]
+    listed = dit("preset").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == names(ROOT / "presets") and len(listed) >= 12
     before = (dit.folder / "params.yaml").read_text()
     shown = dit("preset", "smoke", "--dry-run")
     assert "+preset: smoke" in shown.stdout and (dit.folder / "params.yaml").read_text() == before

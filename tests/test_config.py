@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -6,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit.check import check
+from dit.checkpoint import network_config, save_checkpoint
 from dit.config import check_sections, digest, load, parse, read_params
+from dit.model import DiT, ModelConfig
 from dit.paths import Paths
 
 
@@ -172,6 +175,14 @@ def test_the_shipped_settings_fit_together(project):
         ("condition: classes ", "condition: embeddings ", "model.condition: embeddings are those of encode.features"),
         ("max_steps: 2400 ", "max_steps: 0 ", "train.max_steps must be at least 1 (0 is for train.init_from), got 0"),
         ("step: null ", "step: 7 ", "ema.step: no average of step 7 is kept"),
+        ("metric: fid", "metric: fad_x_1k", "register.metric: 'fad_x_1k' is not among the metrics"),
+        ("init_from: null ", "init_from: models:/x ", "train.init_from: 'models:/x' is neither models:/NAME@ALIAS nor"),
+        (
+            "init_from: null ",
+            "init_from: weights/x ",
+            "'weights/x' is no folder with model.safetensors and config.json: name",
+        ),
+        ("mlp_ratio: 4.0", "mlp_ratio: 0.001", "model.mlp_ratio must leave the MLP a width of at least 1, got 0.001"),
         (
             "class_dropout_prob: 0.1",
             "class_dropout_prob: 0",
@@ -193,6 +204,56 @@ def test_what_cannot_go_together_is_refused_before_any_work(project, old, new, m
     with pytest.raises(ValueError) as caught:
         check(Paths(project))
     assert message in str(caught.value)
+
+
+def faults(project, **edits):
+    text = (project / "params.yaml").read_text()
+    for name, value in edits.items():
+        section, _, key = name.partition("__")
+        before, after = text.split(f"\n{section}:", 1)
+        text = before + f"\n{section}:" + re.sub(rf"\n  {key}: \S+", f"\n  {key}: {value}", after, count=1)
+    (project / "edited").mkdir(exist_ok=True)
+    (project / "edited" / "params.yaml").write_text(text)
+    try:
+        check(Paths(project / "edited"))
+    except ValueError as error:
+        return str(error)
+
+
+def test_raw_weights_are_those_of_the_last_step(project):
+    snapshots = {"train__snapshot_every_steps": 600, "ema__step": 1200}
+    assert faults(project, **snapshots) is None and faults(project, ema__weights="raw", ema__step=2400) is None
+    assert "ema.step: raw weights are kept of the last step 2400 only" in faults(
+        project, **snapshots, ema__weights="raw"
+    )
+
+
+def test_a_model_without_classes_has_no_metric_of_them(project):
+    without = {"model__condition": "none", "register__metric": "class_agreement"}
+    told = faults(project, **without).splitlines()
+    assert any("'class_agreement' is not among the metrics: use one of fid, " in line for line in told)
+    assert not any(
+        "'inception_score' is" in line
+        for line in faults(project, **without | {"register__metric": "inception_score"}).splitlines()
+    )
+
+
+def test_a_folder_to_begin_with_is_looked_at_before_any_work(project):
+    small = ModelConfig("custom", 4, 32, 2, 2, learn_sigma=False)
+    network, folder = DiT(small, input_size=8, in_channels=4, num_classes=3), project / "edited" / "theirs"
+    folder.mkdir(parents=True)
+    config = {"model": network_config(network), "objective": {"name": "transport"}, "license": "MIT"}
+    save_checkpoint(folder, network.state_dict(), config)
+    begin = {"train__init_from": "theirs"}
+    assert "train.init_from: the weights are of a network with num_heads 2, not" in faults(project, **begin)
+    begin |= {"model__hidden_size": 32, "model__depth": 2, "model__num_heads": 2}
+    assert faults(project, **begin) is None
+    passing = {"train__max_steps": 0, "train__class_dropout_prob": 0}
+    assert faults(project, **begin, **passing) is None, "there is nothing to train the null label with"
+    save_checkpoint(folder, network.state_dict(), config | {"objective": {"name": "diffusion"}})
+    assert faults(project, **begin) is None
+    assert "set objective.name to diffusion" in faults(project, **begin, **passing)
+    assert "train.init_from: " in faults(project, **begin, model__patch_size=2)
 
 
 def test_without_git_one_line_says_what_to_do(tmp_path, monkeypatch):

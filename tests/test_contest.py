@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import EXTRACTOR, write_metrics, write_model
 
+from dit import contest
 from dit.contest import beats, find_metric, forbidden, read_candidate
 from dit.generation import SampleConfig, Setting
 from dit.metrics import EvaluateConfig
@@ -41,11 +42,11 @@ def test_a_metric_is_found_by_its_short_or_full_name():
 
 
 def test_own_weights_are_always_allowed_and_others_by_their_licence():
-    theirs = {"license": "CC-BY-NC-4.0"}
-    assert forbidden({"license": None}, ()) is None and forbidden({}, ()) is None
+    theirs = "CC-BY-NC-4.0"
+    assert forbidden(None, ()) is None
     assert forbidden(theirs, None) is None and forbidden(theirs, ("MIT", "cc-by-nc-4.0")) is None
     assert "under CC-BY-NC-4.0, which is not" in forbidden(theirs, ("MIT",))
-    assert "under unknown, which is not" in forbidden({"license": "unknown"}, ("MIT",))
+    assert "under unknown, which is not" in forbidden("unknown", ("MIT",))
 
 
 def test_a_candidate_is_what_it_holds_and_how_it_was_scored(tmp_path):
@@ -81,3 +82,14 @@ def test_a_candidate_is_what_it_holds_and_how_it_was_scored(tmp_path):
         read(evaluate=EvaluateConfig(nearest_k=4)),
     ):
         assert changed.score_tag != first.score_tag
+
+
+def test_a_champion_without_classes_has_no_agreement_to_compare(tmp_path, monkeypatch):
+    write_model(tmp_path)
+    write_metrics(tmp_path, 2.0)
+    candidate = read_candidate(tmp_path, [], "plain", "class_agreement", SAMPLE, EvaluateConfig())
+    monkeypatch.setattr(contest, "score", lambda *_: {f"fid_{EXTRACTOR}_12": 1.0})
+    with pytest.raises(contest.Incomparable, match="it has no class_agreement_12, since it knows no classes"):
+        contest.rescore(
+            *(tmp_path / p for p in ("ema", "vae")), None, candidate, SAMPLE, EvaluateConfig(), tmp_path, "cpu"
+        )

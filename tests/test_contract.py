@@ -62,7 +62,18 @@ def test_what_must_not_make_training_stale():
     stale = set(PLAN["train"]["deps"])
     for free in ("sampling", "preview", "metrics", "features", "vae", "generation", "tracking", "entry", "config"):
         assert f"dit/{free}.py" not in stale
-    for must in ("model", "trainer", "ema", "latents", "diffusion", "transport", "randomness"):
+    for must in (
+        "model",
+        "trainer",
+        "learner",
+        "objective",
+        "alignment",
+        "ema",
+        "latents",
+        "diffusion",
+        "transport",
+        "randomness",
+    ):
         assert f"dit/{must}.py" in stale
     assert not any("run" in stage.get("params", []) or "preset" in stage.get("params", []) for stage in PLAN.values())
     assert not any("run.json" in dep for stage in PLAN.values() for dep in stage["deps"])

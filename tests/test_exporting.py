@@ -107,8 +107,10 @@ def test_with_code_the_published_frequencies_are_exact_and_without_it_the_warnin
 
 
 def test_a_model_goes_there_and_back_unchanged(tmp_path):
-    for convention in ("published", "diffusers"):
+    for convention, license in (("published", "CC0-1.0"), ("diffusers", None)):
         model = write_diffusion(tmp_path, timestep_embedding=convention)
+        file = tmp_path / "ema" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "license": license, "weights": "raw"}))
         export_diffusers(tmp_path / "ema", tmp_path / "vae", tmp_path / "out")
         said = import_weights(tmp_path / "out", tmp_path / "back", Wanted())
         before, back = load_checkpoint(tmp_path / "ema"), load_checkpoint(tmp_path / "back")
@@ -119,6 +121,7 @@ def test_a_model_goes_there_and_back_unchanged(tmp_path):
         assert back.config["latents"]["autoencoder"] == Autoencoder.load(tmp_path / "out" / "vae").digest
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.model.parameters(), strict=True))
         assert any(f"timestep embedding: {convention}, since the export says so" in line for line in said)
+    assert "licence none (its trainer's own, as the export says)" in said
 
 
 def test_the_licence_travels(tmp_path):
@@ -152,6 +155,41 @@ def test_what_diffusers_has_no_words_for_is_refused_with_the_reason(tmp_path, ch
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"latents": None}, "latents must be an object, got None"),
+        ({"latents": {"mean": [0.0], "std": [1.0]}}, "classes or latents do not fit the network's tensors"),
+        ({"latents": {"mean": [0.0] * 4, "std": [1.0, 0, 1, 1]}}, r"latents\.std\.1 must be a number above 0, got 0"),
+        ({"classes": ["a"]}, "classes or latents do not fit"),
+        ({"license": "mine\nx: y"}, "license must be a line of text"),
+        ({"objective": {"name": "foo"}}, r"objective\.name must be one of diffusion, transport, got 'foo'"),
+        ({"objective": {"name": "diffusion", "diffusion": {"foo": 1}}}, "objective is none that this code knows"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_one_line(tmp_path, change, message):
+    write_diffusion(tmp_path)
+    file = tmp_path / "ema" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message) as caught:
+        export_diffusers(tmp_path / "ema", tmp_path / "vae", tmp_path / "out")
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    write_diffusion(tmp_path, timestep_embedding="diffusers")
+    out, told = tmp_path / "out", tmp_path / "out" / "transformer" / "config.json"
+    for _ in range(2):
+        export_diffusers(tmp_path / "ema", tmp_path / "vae", out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else: choose another --output"):
+        export_diffusers(tmp_path / "ema", tmp_path / "vae", out)
+    (out / "notes.txt").unlink()
+    told.write_text(told.read_text().replace('"_dit"', '"_gone"'))  # a pipeline's folder of somebody else
+    with pytest.raises(ValueError, match="holds something else: choose another --output"):
+        export_diffusers(tmp_path / "ema", tmp_path / "vae", out)
+
+
 def test_transport_and_strange_autoencoders_are_refused_and_nothing_is_written(tmp_path):
     write_diffusion(tmp_path)
     file = tmp_path / "ema" / "config.json"
@@ -165,6 +203,12 @@ def test_transport_and_strange_autoencoders_are_refused_and_nothing_is_written(t
     file.write_text(json.dumps({**told, "image_size": 64, "latents": {**told["latents"], "autoencoder": None}}))
     with pytest.raises(ValueError, match="is not the autoencoder that"):  # 2 pixels per latent, not 8
         export_diffusers(tmp_path / "ema", tmp_path / "vae", tmp_path / "out")
+    vae = tmp_path / "vae" / "config.json"
+    kept = vae.read_text()
+    vae.write_text(json.dumps({**json.loads(kept), "block_out_channels": None}))
+    with pytest.raises(ValueError, match="block_out_channels must be a list with members, got None"):
+        export_diffusers(tmp_path / "ema", tmp_path / "vae", tmp_path / "out")
+    vae.write_text(kept)
     with pytest.raises(ValueError, match="is not an autoencoder's folder"):
         export_diffusers(tmp_path / "ema", tmp_path / "nosuch", tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["ema", "vae"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_another_number_of_classes_begins_the_label_table_anew_and_another_size_
     torch.save(theirs.state_dict(), tmp_path / "DiT.pt")
     made, said = bring(tmp_path / "DiT.pt", tmp_path / "out", num_classes=7, image_size=128)
     assert "the label table begins anew: 7 classes, not the 3 of the weights" in said
-    assert "128 pixels, trained at 64: its position table is computed anew" in said
+    assert "7 classes; 128 pixels, trained at 64: its position table is computed anew" in said
     assert (made.model.num_classes, made.model.input_size, made.config["image_size"]) == (7, 16, 128)
     assert made.model.y_embedder.embedding_table.weight.std() < 0.05  # as at the start of a training
     for name, tensor in theirs.state_dict().items():
@@ -110,6 +111,68 @@ def test_a_table_without_a_null_row_gains_one(tmp_path):
         torch.testing.assert_close(table[3], table[:3].mean(0))
 
 
+def test_a_table_without_a_null_row_is_known_by_its_own_arguments_alone(tmp_path):
+    state = network().state_dict()  # four rows
+    table = state["y_embedder.embedding_table.weight"]
+    torch.save({"ema": state}, tmp_path / "DiT.pt")
+    made, said = bring(tmp_path / "DiT.pt", tmp_path / "out", num_classes=4)
+    assert "the label table begins anew: 4 classes, not the 3 of the weights" in said and "no row" not in said
+    torch.save({"ema": state, "args": {"num_classes": 7}}, tmp_path / "DiT.pt")
+    with pytest.raises(
+        ValueError, match="7 classes, as it says, do not fit a label table of 4 rows: say --num-classes"
+    ):
+        bring(tmp_path / "DiT.pt", tmp_path / "out")
+    made, said = bring(tmp_path / "DiT.pt", tmp_path / "out", num_classes=3)
+    assert torch.equal(made.model.y_embedder.embedding_table.weight, table) and "\n3 classes; 64 pixels;" in said
+
+
+def test_the_image_size_is_the_tables_the_arguments_or_said_to_be_assumed(tmp_path):
+    state = network().state_dict()
+    del state["pos_embed"]
+    for args, wanted, told in (
+        ({}, {}, "256 pixels are assumed, since nothing tells it (--image-size)"),
+        ({}, {"image_size": 128}, "128 pixels;"),
+        ({"image_size": 64}, {}, "64 pixels;"),
+        ({"image_size": 64}, {"image_size": 32}, "32 pixels, trained at 64: its position table is computed anew"),
+        ({"image_size": 64}, {"factor": 4}, "64 pixels; latents 16 x 16 x 4"),
+    ):
+        torch.save({"ema": state, "args": args}, tmp_path / "DiT.pt")
+        made, said = bring(tmp_path / "DiT.pt", tmp_path / "out", **wanted)
+        assert f"3 classes; {told}" in said and f"; {made.config['image_size']} pixels" in said
+    torch.save({"ema": state, "args": {"image_size": 50}}, tmp_path / "DiT.pt")
+    with pytest.raises(ValueError, match=r"DiT\.pt: args\.image_size 50 is no multiple of 8"):
+        bring(tmp_path / "DiT.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [dict, argparse.Namespace])
+def test_arguments_are_read_as_a_dict_or_a_namespace_and_refused_where_they_are_not_known(tmp_path, kind):
+    def save(**args):
+        torch.save({"ema": network().state_dict(), "args": kind(**args)}, tmp_path / "dit.pt")
+        return bring(tmp_path / "dit.pt", tmp_path / "out")[0].config["objective"]
+
+    told = save(model="SiT-XL/2", path_type="GVP", prediction="score", loss_weight=None)
+    assert (
+        told["name"] == "transport"
+        and told["transport"]["path"] == "gvp"
+        and told["transport"]["weighting"] == "uniform"
+    )
+    for args, message in (
+        ({"path_type": "Weird"}, r"args\.path_type must be one of linear, gvp, vp, got 'weird'"),
+        ({"path_type": "VP", "prediction": "x"}, r"args\.prediction must be one of velocity, score, noise, got 'x'"),
+        ({"path_type": 3}, r"args\.path_type must be a line of text, got 3"),
+        ({"image_size": "64"}, r"args\.image_size must be a whole number above 0, got '64'"),
+    ):
+        with pytest.raises(ValueError, match=r"dit\.pt: " + message):
+            save(**args)
+
+
+def test_the_published_tables_1001_rows_are_of_1000_classes_whatever_is_asked_for(tmp_path):
+    torch.save(network(num_classes=1000).state_dict(), tmp_path / "DiT.pt")
+    made, said = bring(tmp_path / "DiT.pt", tmp_path / "out", num_classes=1001)
+    assert "the label table begins anew: 1001 classes, not the 1000 of the weights" in said
+    assert made.model.y_embedder.embedding_table.weight.shape == (1002, 32) and "no row" not in said
+
+
 @pytest.mark.parametrize(
     "spoil,message",
     [
@@ -117,7 +180,12 @@ def test_a_table_without_a_null_row_gains_one(tmp_path):
         (lambda s: s.update({"projector.0.weight": torch.ones(2)}), r"projector\.0\.weight is in no DiT or SiT"),
         (lambda s: s.update({"blocks.0.attn.proj.bias": torch.ones(31)}), r"attn\.proj\.bias is 31 and must be 32"),
         (lambda s: s["blocks.0.attn.proj.bias"].fill_(float("nan")), r"attn\.proj\.bias holds numbers that are not finite"),
-        (lambda s: s.update({"final_layer.linear.weight": torch.ones(5, 32)}), r"or final_layer\.linear is missing or of another"),
+        (lambda s: s.update({"final_layer.linear.weight": torch.ones(5, 32)}), r"final_layer\.linear\.weight has 5 rows, not 16 or 32"),
+        (lambda s: s.update({"pos_embed": torch.randn(1, 16, 32)}), "pos_embed is not the sine-cosine table"),
+        (lambda s: s.update({"pos_embed": s["pos_embed"][:, :6]}), "pos_embed is 1 x 6 x 32, no square grid"),
+        (lambda s: s.update({"pos_embed": s["pos_embed"][0]}), r"pos_embed is \(16, 32\), and must have 3 sides"),
+        (lambda s: s.update({"x_embedder.proj.weight": torch.ones(32, 4, 2, 3)}), "patches of 2 x 3, 32 channels"),
+        (lambda s: s.update({"blocks.99999.x": torch.ones(2)}), r"blocks\.2\.\S+ is missing|blocks.99999.x is in no DiT"),
         (lambda s: s.pop("y_embedder.embedding_table.weight"), r"y_embedder\.embedding_table\.weight is missing"),
     ],
 )  # fmt: skip
@@ -145,6 +213,26 @@ def test_what_cannot_be_known_is_asked_for_and_nothing_else_is_overwritten(tmp_p
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine", "model.pt", "out"]
     with pytest.raises(ValueError, match="is a checkpoint of ours already"):
         bring(tmp_path / "out", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ({"num_heads": 0}, "--num-heads must be a whole number above 0, got 0"),
+        ({"num_heads": 3}, "32 channels cannot be 3 heads"),
+        ({"image_size": -16}, "--image-size must be a whole number above 0, got -16"),
+        ({"num_classes": 0}, "--num-classes must be a whole number above 0, got 0"),
+        ({"factor": -8}, "--factor must be a whole number above 0, got -8"),
+        ({"factor": 3}, "--factor must be a power of two"),
+        ({"license": ""}, "--license must be a line of text, got ''"),
+        ({"license": "mine\nx: y"}, "--license must be a line of text"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(tmp_path, option, message):
+    torch.save(network().state_dict(), tmp_path / "DiT.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        bring(tmp_path / "DiT.pt", tmp_path / "out", **option)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_import_leaves_nothing(tmp_path, monkeypatch):
@@ -185,6 +273,28 @@ def test_the_command_says_what_it_did_or_one_line_of_what_is_wrong(tmp_path, mon
         "weights/DiT-tiny:\n2 blocks of 32 channels, patch 2, 2 heads (as said); diffusion objective\n"
     )
     assert load_checkpoint("weights/DiT-tiny").license == "MIT" and "licence MIT (as said)" in said
+    torch.save(network(seed=1).state_dict(), "other.pt")
+    Path("sub").mkdir()
+    Path("other.pt").rename("sub/DiT-tiny.pt")
+    again = ["import", "sub/DiT-tiny.pt", "--num-heads", "2"]
+    assert cli.main(again) == 2  # of the same name, and another
+    assert (
+        capsys.readouterr().err
+        == "dit: weights/DiT-tiny is of other weights (DiT-tiny.pt): say a place with --output\n"
+    )
+    for place, reason in {
+        "artifacts/ema": "belongs to the pipeline",
+        "DiT-tiny.pt/x": "is no folder",
+        ".": "else",
+    }.items():
+        assert cli.main([*again, "--output", place]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"dit: {place} ") and reason in told and told.count("\n") == 1
+    assert cli.main([*again, "--output", "weights/DiT-tiny"]) == 0 and capsys.readouterr().out
+    with monkeypatch.context() as broken:
+        broken.setattr("dit.checkpoint.save_tensors", lambda file, _: file.open("x").close() or file.open("x"))
+        assert cli.main([*again, "--output", "new"]) == 2 and capsys.readouterr().err.endswith(": File exists\n")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["DiT-tiny.pt", "sub", "weights"]
     assert cli.main(["import", "nosuch.pt"]) == 2 and capsys.readouterr().err.count("\n") == 1
     export = ["export", "weights/DiT-tiny", "--format", "diffusers", "--output", "hf"]
     assert cli.main(export) == 2 and "is not an autoencoder's folder" in capsys.readouterr().err

@@ -1,16 +1,12 @@
-"""Other people's files are read without running them, and the names translate without loss."""
+"""diffusers' names: they translate without loss, and its network and ours are the same one. Results find a place."""
 
-import argparse
 import json
-import os
-import pickle
 
 import pytest
 import torch
 from tiny_foreign import inputs, network
 
 from dit import interop
-from dit.checkpoint import save_tensors
 from dit.vae import import_diffusers
 
 
@@ -79,99 +75,28 @@ def test_names_translate_there_and_back():
         interop.from_diffusers(theirs, 2)
 
 
-class Malice:
-    """What a pickle can do: run anything when it is opened."""
+def test_only_an_earlier_result_of_the_same_command_makes_place(tmp_path, monkeypatch):
+    def require(output):
+        interop.require_place(output, "sub/told.json", {"a", "b"}, {"sub", "more"})
 
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.file}",)
-
-
-@pytest.mark.parametrize("how", ["torch", "plain pickle", "in the arguments"])
-def test_a_pickle_that_would_run_something_is_refused_unrun(tmp_path, how):
-    file, proof = tmp_path / "DiT.pt", tmp_path / "it-ran"
-    state = network().state_dict()
-    if how == "torch":
-        torch.save({"ema": state, "opt": Malice(proof)}, file)
-    elif how == "in the arguments":
-        torch.save({"ema": state, "args": argparse.Namespace(model="DiT-S/2", image_size=Malice(proof))}, file)
-    else:
-        file.write_bytes(pickle.dumps(Malice(proof), protocol=2))
-    with pytest.raises(ValueError, match=r"holds more than tensors and plain values \((posix|nt)\.system\)") as caught:
-        interop.read(file)
-    assert not proof.exists() and "\n" not in str(caught.value)
-    if how == "torch":  # the test's own trap works
-        torch.load(file, weights_only=False)
-        assert proof.exists()
-
-
-def test_torn_and_other_files_are_one_line(tmp_path):
-    whole = tmp_path / "whole.pt"
-    torch.save(network().state_dict(), whole)
-    content = whole.read_bytes()
-    cases = {"half.pt": content[: len(content) // 2], "empty.pt": b"", "text.pt": b"hello", "half.safetensors": b"\1\2"}
-    for name, some in cases.items():
-        (tmp_path / name).write_bytes(some)
-        with pytest.raises(ValueError, match="torn") as caught:
-            interop.read(tmp_path / name)
-        assert "\n" not in str(caught.value), name
-    torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="is no DiT or SiT: x_embedder.proj.weight"):
-        interop.read(tmp_path / "other.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds no state dict"):
-        interop.read(tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="is not there"):
-        interop.read(tmp_path / "nosuch.pt")
-
-
-def write_transformer(folder, ours, **config):
-    """A DiTTransformer2DModel's folder, as `save_pretrained` leaves it."""
-    save_tensors(folder / f"{interop.WEIGHTS}.safetensors", interop.to_diffusers(ours.state_dict(), ours.config.depth))
-    told = {"num_attention_heads": 2, "num_layers": ours.config.depth, "sample_size": 8, "norm_type": "ada_norm_zero"}
-    (folder / "config.json").write_text(json.dumps({**told, **config}))
-
-
-def test_a_folder_of_diffusers_follows_its_convention_unless_it_is_the_published_weights(tmp_path):
-    for name, expected in {"mine": "diffusers", "DiT-XL-2-256": "published"}.items():
-        (tmp_path / name).mkdir()
-        write_transformer(tmp_path / name, network())
-        found = interop.read(tmp_path / name)
-        assert found.timestep_embedding == expected and found.num_classes == 3 and found.input_size == 8
-        assert any(line.startswith(f"timestep embedding: {expected}, since") for line in found.said)
-        assert any("norm_eps is 1e-05" in line for line in found.said)
-
-
-def test_a_pickled_folder_and_a_sharded_one_hold_the_same(tmp_path):
-    ours = network()
-    write_transformer(tmp_path, ours)
-    file = tmp_path / f"{interop.WEIGHTS}.safetensors"
-    first = interop.read(tmp_path).tensors
-    theirs = interop.to_diffusers(ours.state_dict(), 2)
-    file.unlink()
-    torch.save(theirs, tmp_path / f"{interop.WEIGHTS}.bin")
-    pickled = interop.read(tmp_path).tensors
-    names, where = sorted(theirs), {}
-    for i, part in enumerate((names[::2], names[1::2])):
-        save_tensors(tmp_path / f"part-{i}.safetensors", {name: theirs[name] for name in part})
-        where |= dict.fromkeys(part, f"part-{i}.safetensors")
-    (tmp_path / f"{interop.WEIGHTS}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    sharded = interop.read(tmp_path).tensors
-    assert first.keys() == pickled.keys() == sharded.keys()
-    assert all(torch.equal(first[k], pickled[k]) and torch.equal(first[k], sharded[k]) for k in first)
-
-
-def test_a_folder_that_lacks_something_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json is missing or torn"):
-        interop.read(tmp_path)
-    write_transformer(tmp_path, network(), norm_type="layer_norm")
-    with pytest.raises(ValueError, match="is not of a DiTTransformer2DModel"):
-        interop.read(tmp_path)
-    write_transformer(tmp_path, network(), num_layers=3)
-    with pytest.raises(ValueError, match=r"no whole DiTTransformer2DModel: transformer_blocks\.2\S+ is missing"):
-        interop.read(tmp_path)
-    (tmp_path / f"{interop.WEIGHTS}.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no weights"):
-        interop.read(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ours, told = tmp_path / "ours", tmp_path / "ours" / "sub" / "told.json"
+    require(ours)
+    told.parent.mkdir(parents=True)
+    for content in ("{", "[]", json.dumps({"a": 1})):
+        told.write_text(content)
+        with pytest.raises(ValueError, match="ours is there and holds something else: choose another --output"):
+            require(ours)
+    told.write_text(json.dumps({"a": 1, "b": 2}))
+    require(ours)
+    with interop.beside(ours) as folder:
+        (folder / "new").touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["ours", "new"]
+    told.parent.mkdir()
+    told.write_text(json.dumps({"a": 1, "b": 2}))
+    with pytest.raises(ValueError, match="holds something else"):  # the file `new`, which would be lost
+        require(ours)
+    with pytest.raises(ValueError, match="cannot be made: .*told.json is no folder"):
+        require(told / "x")
+    with pytest.raises(ValueError, match="artifacts/new belongs to the pipeline"):
+        require(tmp_path / "artifacts" / "new")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from test_features import QUICK, bars
 
-from dit.metrics import EvaluateConfig, Reference, lower_is_better, score, short_count
+from dit.metrics import EvaluateConfig, Reference, lower_is_better, metric_names, score, short_count
 from dit.stages.reference import write_reference
 
 SETTINGS = EvaluateConfig(kid_subset_size=40, kid_subsets=5)
@@ -68,6 +68,15 @@ def test_without_classes_there_is_no_class_metric(tmp_path):
         "precision_bars_rotation_60",
         "recall_bars_rotation_60",
     }
+
+
+def test_a_model_that_was_asked_for_no_class_agrees_with_none(reference):
+    images, labels = bars(60, seed=1)
+    asked, not_asked = (score(images, told, reference, SETTINGS) for told in (labels, np.full_like(labels, -1)))
+    assert set(asked) - set(not_asked) == {"class_agreement_60"} and not_asked.items() <= asked.items()
+    for told, conditional in ((asked, True), (not_asked, False)):
+        short = {name.rpartition("_")[0].replace("_bars_classifier", "") for name in told}
+        assert short == set(metric_names(True, conditional=conditional))
 
 
 def test_too_few_images_and_no_reference_are_refused(reference, tmp_path):

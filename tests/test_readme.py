@@ -46,4 +46,4 @@ def test_every_command_exists():
     said = set(re.findall(r"(?:^|`)make ([a-z]+)", TEXT, re.M))
     assert {"repro", "test", "up", "down", "help"} <= said <= targets
     assert {f"`{stage}`" for stage in STAGES} <= set(re.findall(r"`\w+`", TEXT))
-    assert {f"`{name}`" for name in names(ROOT / "presets")} <= set(re.findall(r"`\w+`", TEXT))
+    assert {f"`{name}`" for name in names(ROOT / "presets")} <= set(re.findall(r"`[\w-]+`", TEXT))

@@ -210,6 +210,29 @@ def test_a_licence_that_is_not_allowed_keeps_a_model_from_becoming_champion(path
     assert run(paths)["decision"] == "champion" and sorted(versions(paths)) == [1]
 
 
+def test_a_champion_whose_licence_is_not_allowed_gives_way(paths):
+    run(paths)
+    retrain(paths, seed=1, fid=3.0)
+    config = paths.artifacts / "ema" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"license": "MIT"}))
+    assert run(paths)["decision"] == "challenger" and aliases(paths) == {"champion": 1, "challenger": 2}
+    told = run(paths, allowed_licenses=("MIT",))  # a rule that is made later
+    assert (
+        told["version"] == 2 and told["decision"] == told["alias"] == "champion" and aliases(paths) == {"champion": 2}
+    )
+    assert told["reasons"] == [
+        "Champion version 1 counts as none: its weights are under CC0-1.0, which is not among register.allowed_licenses."
+    ]
+    assert run(paths, allowed_licenses=("MIT",)) == told
+    retrain(paths, seed=2, fid=float("nan"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"license": None}))
+    assert run(paths, allowed_licenses=())["decision"] == "challenger", "what never wins is no champion by this either"
+    retrain(paths, seed=3, fid=9.0)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"license": None}))
+    told = run(paths, allowed_licenses=())
+    assert told["decision"] == "champion" and "under MIT" in told["reasons"][0] and told["champion_version"] == 2
+
+
 def test_where_the_reference_changed_the_champion_is_scored_on_the_new_one_first(paths, monkeypatch):
     run(paths)
     files = load_checkpoint(paths.artifacts / "ema"), Autoencoder.load(paths.artifacts / "vae")

@@ -1,10 +1,13 @@
 """Versions by what they hold, and aliases, in a real database."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 
-from dit import tracking
+from dit import store, tracking
 from dit.paths import Paths
-from dit.registry import DIGEST, Registry
+from dit.registry import DIGEST, Registry, download
 
 
 @pytest.fixture
@@ -53,14 +56,66 @@ def test_of_two_versions_of_the_same_the_first_counts(client, tmp_path):
     assert registry.find("aa").number == 1
 
 
-def test_what_was_fetched_is_what_was_packed(client, run_id, tmp_path):
-    registry = Registry(client, "digits", tmp_path / "work")
+def test_what_was_fetched_is_what_was_packed_and_a_checkpoint_is_fetched_once(client, run_id, tmp_path, monkeypatch):
+    registry, paths = Registry(client, "digits", tmp_path / "work"), Paths(tmp_path)
 
     def pack(folder, entry):
-        (folder / "artifacts").mkdir(parents=True)
+        for part in ("ema", "vae"):
+            (folder / "artifacts" / part).mkdir(parents=True)
+            (folder / "artifacts" / part / "model.safetensors").write_bytes(part.encode())
         (folder / "MLmodel").write_text("flavors: {}\n")
-        (folder / "artifacts" / "weights").write_bytes(b"1234")
 
     version = registry.add("aa", run_id, {}, pack)
     there = registry.fetch(version, tmp_path / "fetched")
-    assert (there / "artifacts" / "weights").read_bytes() == b"1234" and not list((tmp_path / "work").iterdir())
+    assert (there / "artifacts" / "vae" / "model.safetensors").read_bytes() == b"vae"
+    assert not list((tmp_path / "work").iterdir())
+
+    registry.set_alias("champion", version)
+    folder = download(paths, "digits", "champion")
+    assert folder.parent == tmp_path / "scratch" / "initial" and folder.name.startswith("digits-1-")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"model.safetensors": b"ema"}
+    for which, place in (("challenger", "digits@challenger"), (7, "digits/7")):
+        with pytest.raises(ValueError, match=f"models:/{place} could not be fetched") as caught:
+            download(paths, "digits", which)
+        assert "\n" not in str(caught.value)
+    assert [*folder.parent.iterdir()] == [folder] and download(paths, "digits", 1) == folder
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="models:/digits/1 could not be fetched .*refused"):
+        download(paths, "digits", 1)  # another server's model of that name
+
+
+def test_a_model_of_the_same_name_and_number_in_another_store_is_fetched_anew(tmp_path, monkeypatch):
+    paths, fetched, content = Paths(tmp_path), [], {DIGEST: "first"}
+
+    class Client:
+        def get_model_version(self, name, number):
+            return SimpleNamespace(version=number, tags=dict(content), run_id="r", source="s", creation_timestamp=1)
+
+    def fetch(address, part, folder, paths):
+        fetched.append(address)
+        folder.mkdir(parents=True)
+
+    def unreachable(paths, **_):
+        raise store.Unreachable("refused")
+
+    monkeypatch.setattr(tracking, "connect", lambda paths, **_: Client())
+    monkeypatch.setattr("dit.registry._fetch_part", fetch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a")
+    first = download(paths, "digits", 1)
+    content[DIGEST] = "second"  # the same address, begun anew
+    second = download(paths, "digits", 1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://b")
+    third = download(paths, "digits", 1)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://c")
+    fourth = download(paths, "digits", 1)
+    assert len({first, second, third, fourth}) == 4 and fetched == ["models:/digits/1"] * 4
+    assert download(paths, "digits", 1) == fourth and len(fetched) == 4
+    monkeypatch.setattr(tracking, "connect", unreachable)  # what was fetched of it last is taken
+    assert download(paths, "digits", 1) == fourth
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI")
+    assert download(paths, "digits", 1) == third
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a")
+    os.utime(first, (0, 0))
+    assert download(paths, "digits", 1) == second
+    with pytest.raises(ValueError, match="models:/digits/2 could not be fetched .refused"):
+        download(paths, "digits", 2)

@@ -15,6 +15,7 @@ from dit.runtime import RunConfig
 from dit.stages.ema import EmaConfig, ema
 from dit.stages.train import train
 from dit.trainer import TrainConfig
+from dit.transport import TransportConfig
 
 MODEL = ModelConfig("custom", 2, 16, 2, 2, learn_sigma=False)
 RUN = RunConfig(log_every_steps=2, checkpoint_every_steps=4)
@@ -67,7 +68,7 @@ def test_power_averages_are_kept_and_any_width_is_rebuilt_from_them(paths, capsy
     )
     stored = load_tensors(paths.artifacts / "train" / "ema" / "power-0.1-00000004.safetensors")
     ema(EmaConfig(sigma_rel=0.1, step=4), paths=paths)
-    assert "width 0.1 at step 4, its profile met to 0.0%" in capsys.readouterr().out
+    assert "width 0.1 at step 4, its profile off by 0.0%" in capsys.readouterr().out
     opened = load_checkpoint(paths.artifacts / "ema")
     for name, tensor in opened.model.state_dict().items():
         torch.testing.assert_close(tensor, stored[name], rtol=1e-6, atol=1e-7)
@@ -87,6 +88,12 @@ def test_power_averages_are_kept_and_any_width_is_rebuilt_from_them(paths, capsy
         ((), EmaConfig(sigma_rel=0.1), "ema.sigma_rel: training kept no power-function averages: set train.power_ema"),
         ((0.1,), EmaConfig(sigma_rel=0.1, step=3), "ema.step: no average of step 3 was kept; there are those of 4, 6"),
         ((0.1,), EmaConfig(step=3), "ema.step: no average of step 3 was kept; there are those of 4, 6"),
+        (
+            (0.001,),
+            EmaConfig(sigma_rel=0.28),
+            "ema.sigma_rel: 0.28 cannot be built from what training kept (its profile",
+        ),
+        ((0.1, 0.1000000001), EmaConfig(sigma_rel=0.15), "ema.sigma_rel: 0.15 cannot be built from what training kept"),
     ],
 )
 def test_what_was_not_kept_cannot_be_rebuilt(paths, power, config, message):
@@ -122,7 +129,7 @@ def initial(paths, tmp_path):
 
 def test_no_steps_pass_the_initial_weights_straight_on(paths, initial, capsys):
     config = trained(paths, max_steps=0, init_from="theirs")
-    assert "the label table is kept" in capsys.readouterr().out
+    assert "the label table is kept: the same 3 classes" in capsys.readouterr().out
     assert (paths.artifacts / "train" / "loss.csv").read_text().split() == ["step,loss,lr"]
     assert config["license"] == "CC-BY-NC-4.0" and config["step"] == 0
     assert config["init"]["from"] == "theirs" and len(config["init"]["digest"]) == 64
@@ -132,6 +139,23 @@ def test_no_steps_pass_the_initial_weights_straight_on(paths, initial, capsys):
         assert ours.license == "CC-BY-NC-4.0"
         for name, tensor in theirs.model.state_dict().items():
             assert torch.equal(ours.model.state_dict()[name], tensor), name
+
+
+def test_no_steps_and_another_objective_or_other_classes_are_refused(paths, initial):
+    with pytest.raises(
+        ValueError, match="train.max_steps: 0 trains nothing, .* set objective.transport.path to linear"
+    ):
+        trained(
+            paths,
+            objective=ObjectiveConfig("transport", transport=TransportConfig("gvp")),
+            max_steps=0,
+            init_from="theirs",
+        )
+    edit_index(paths, classes=["x", "y", "w"])
+    with pytest.raises(
+        ValueError, match="train.max_steps: 0 trains nothing, and the weights do not know the classes w"
+    ):
+        trained(paths, max_steps=0, init_from="theirs")
 
 
 def test_fine_tuning_begins_with_the_weights_and_their_average(paths, initial):

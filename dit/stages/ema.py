@@ -15,7 +15,7 @@ from dit.checkpoint import CONDITIONS, load_tensors, power_file, save_checkpoint
 from dit.ema import SIGMA_REL_LIMIT, mixture
 from dit.paths import Paths, publish
 
-POOR = 0.05  # a rebuilt average whose profile is so far off is said to be poor
+POOR, WRONG = 0.05, 0.5  # a rebuilt average whose profile is so far off is said to be poor, or is none
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ def ema(ema: EmaConfig, *, paths: Paths) -> None:
     if ema.sigma_rel is not None:
         tensors, error = rebuild(train / "ema", step, ema.sigma_rel)
         told |= {"sigma_rel": ema.sigma_rel, "sigma_rel_error": error}
-        what = f"power-function average of width {ema.sigma_rel} at step {step}, its profile met to {error:.1%}"
+        what = f"power-function average of width {ema.sigma_rel} at step {step}, its profile off by {error:.1%}"
+        if not error <= WRONG:
+            raise ValueError(
+                f"ema.sigma_rel: {ema.sigma_rel} cannot be built from what training kept (its profile would be off by "
+                f"{error:.0%}): keep more (train.snapshot_every_steps), or a width near it (train.power_ema)"
+            )
         if error > POOR:
             what += ": keep more averages for a better one (train.snapshot_every_steps)"
     else:
@@ -94,6 +99,7 @@ def rebuild(folder: Path, step: int, sigma_rel: float) -> tuple[dict[str, Tensor
         )
     averages = [(of_step, width) for of_step, width in averages if of_step <= step]
     factors, error = mixture(averages, step, sigma_rel)
+    error = max(error, 2**-24 * factors.abs().sum().item())  # widths that hardly differ: what rounding grows to
     total: dict[str, Tensor] = {}
     for factor, (of_step, width) in zip(factors, averages, strict=True):
         for name, tensor in load_tensors(folder / power_file(width, of_step)).items():

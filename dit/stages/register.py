@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,7 @@ def register(
                 client = tracking.connect(paths, timeout_seconds=UPLOAD_SECONDS)
                 registry = Registry(client, register.model_name, _workspace(paths))
                 version = registry.find(candidate.digest) or _add(registry, candidate, sample, run, paths)
-                fault = forbidden(candidate.config, register.allowed_licenses)
-                told = _settle(registry, version, candidate, fault, score_champion, paths)
+                told = _settle(registry, version, candidate, register.allowed_licenses, score_champion, paths)
         except store.Unreachable as error:
             store.say_unreachable(paths, error)
             told = _offline(register.model_name, candidate, error)
@@ -83,22 +82,23 @@ def _settle(
     registry: Registry,
     version: Version,
     candidate: Candidate,
-    fault: str | None,
+    allowed: Sequence[str] | None,
     score_champion: Callable[[Version], tuple[float, Setting]],
     paths: Paths,
 ) -> dict[str, Any]:
     """Test, decide, move the alias: what of it is not done yet. Returns the content of model.json.
 
-    A candidate with a `fault` is no champion, whatever its figure, and ceases to be where it was.
+    A candidate whose licence is not `allowed` is no champion, whatever its figure, and ceases to be where it was; a
+    champion whose licence is not counts as none.
     """
     if TESTED not in version.tags:
         packing.try_out(f"models:/{registry.name}/{version.number}", store.tracking_uri(paths))
         registry.tag(version, {TESTED: "true"})
     record = json.loads(version.tags.get(RECORD, "{}"))
-    asked = digest(candidate.terms, fault) if fault else digest(candidate.terms)
+    asked = digest(candidate.terms) if allowed is None else digest(candidate.terms, sorted(allowed))
     if record.get("terms") != asked:
         registry.tag(version, {candidate.score_tag: repr(candidate.value), TERMS: json.dumps(candidate.terms)})
-        record = {"terms": asked, **_decide(registry, version, candidate, fault, score_champion)}
+        record = {"terms": asked, **_decide(registry, version, candidate, allowed, score_champion)}
         if record["decision"] != "undecided":
             registry.tag(version, {RECORD: json.dumps(record)})
     if version.tags.get(SETTLED) != digest(record):  # else the aliases are as decided, or as a person moved them since
@@ -115,12 +115,11 @@ def _decide(
     registry: Registry,
     version: Version,
     candidate: Candidate,
-    fault: str | None,
+    allowed: Sequence[str] | None,
     score_champion: Callable[[Version], tuple[float, Setting]],
 ) -> dict[str, Any]:
     """The alias, the decision and its reasons; the champion that it was compared with, and the champion's figure."""
     number = registry.aliases().get("champion")
-
     rival = f"Champion version {number}"
 
     def told(decision: str, *reasons: str, value: float = math.nan) -> dict[str, Any]:
@@ -128,8 +127,8 @@ def _decide(
         told = {"alias": alias, "decision": decision, "reasons": list(reasons)}
         return told | {"champion_version": number, "champion_value": _finite(value)}
 
-    if fault:
-        return told("challenger", fault)
+    if fault := forbidden(candidate.config.get("license"), allowed):
+        return told("challenger", f"Its weights are {fault}.")
     if number == version.number:
         return told("champion", "It is the champion already.")
     if not math.isfinite(candidate.value):
@@ -137,6 +136,9 @@ def _decide(
     if number is None:
         return told("champion", "There was no champion.")
     champion, reasons = registry.get(number), []
+    license = champion.tags.get("license", OWN)
+    if fault := forbidden(None if license == OWN else license, allowed):
+        return told("champion", f"{rival} counts as none: its weights are {fault}.")
     if candidate.score_tag in champion.tags:
         value = float(champion.tags[candidate.score_tag])
     else:

@@ -21,6 +21,7 @@ from dit.checkpoint import (
     save_state,
     save_tensors,
 )
+from dit.initial import Initial, open_initial, require_latents
 from dit.latents import LatentDataset, read_index
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig, require_objective
@@ -44,7 +45,7 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
     name = mathematics(network, objective, train, index["digest"], initial and initial.digest)
     work = resume.begin(paths, name, train.max_steps)
     if initial and work.state is None:
-        for sentence in finetune.begin_with(network, initial, objective, index["normalization"]):
+        for sentence in finetune.begin_with(network, initial, objective, index, trained=train.max_steps > 0):
             print(sentence)
     size = f"{sum(p.numel() for p in network.parameters()):,} parameters, {data.size} images"
     print(f"{size}, {train.max_steps} steps of {train.global_batch_size} on {device}")
@@ -83,12 +84,12 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
     work.note(export=resume.dvc_hash(paths.artifacts / "train"))
 
 
-def initial_weights(train: TrainConfig, index: dict[str, Any], paths: Paths) -> finetune.Initial | None:
+def initial_weights(train: TrainConfig, index: dict[str, Any], paths: Paths) -> Initial | None:
     """The weights that training begins with, if any are named. Raises ValueError where they do not fit the latents."""
     if train.init_from is None:
         return None
-    initial = finetune.open_initial(train.init_from, partial(registry.download, paths), paths.root)
-    finetune.require_latents(initial, index)
+    initial = open_initial(train.init_from, partial(registry.download, paths), paths.root)
+    require_latents(initial, index)
     return initial
 
 
@@ -106,7 +107,7 @@ def describe(
     objective: ObjectiveConfig,
     train: TrainConfig,
     index: dict[str, Any],
-    initial: finetune.Initial | None = None,
+    initial: Initial | None = None,
 ) -> dict[str, Any]:
     """config.json: all that a checkpoint's user needs to know. The licence is that of the weights it began with."""
     normalization = index["normalization"]
