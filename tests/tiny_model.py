@@ -41,7 +41,9 @@ def write_model(
     )
     network.save_pretrained(artifacts / "vae")
     sizes = {"patch_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2}
-    sizes |= {"learn_sigma": objective["name"] == "diffusion"} | ({"condition": "embeddings"} if condition_shape else {})
+    sizes |= {"learn_sigma": objective["name"] == "diffusion"} | (
+        {"condition": "embeddings"} if condition_shape else {}
+    )
     shape = {"input_size": SIZE // 2, "in_channels": 4, "num_classes": len(classes)}
     model = DiT(ModelConfig("custom", **sizes), **shape, condition_shape=condition_shape)
     for parameter in model.parameters():
