@@ -25,7 +25,7 @@ repro: .venv/.installed ## run the whole pipeline (dvc repro), as params.yaml sa
 
 test: .venv/.installed ## run the tests (under 8 minutes on two cores)
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.installed ## run the tests that take longer
 	@$(BIN)/python -m pytest -m slow

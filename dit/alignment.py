@@ -43,8 +43,14 @@ def new_projector(hidden_size: int, config: AlignmentConfig, channels: int, seed
         )
 
 
-def require_alignment(config: AlignmentConfig, depth: int, shape: tuple[int, ...] | None) -> None:
-    """Raise ValueError where alignment is asked for and cannot be: `shape` (L, E) is that of each image's features."""
+def require_alignment(
+    config: AlignmentConfig, depth: int, shape: tuple[int, ...] | None, *, mirrored: bool = True
+) -> None:
+    """Raise ValueError where alignment is asked for and cannot be: `shape` (L, E) is that of each image's features.
+
+    `mirrored` false: mirror images are trained on, and have no features but those of the image itself. A grid of them
+    would tell of the other side.
+    """
     if not config.weight:
         return
     if config.block > depth:
@@ -58,6 +64,10 @@ def require_alignment(config: AlignmentConfig, depth: int, shape: tuple[int, ...
         raise ValueError(
             f"objective.alignment.weight: {shape[0]} feature vectors an image are neither one nor a square grid: "
             "store one or a grid (encode.features), or set the weight to 0"
+        )
+    if shape[0] > 1 and not mirrored:
+        raise ValueError(
+            "encode.features: the file has no features_mirror for mirror images: add them, or set data.mirror to false"
         )
 
 

@@ -47,7 +47,7 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     """Yield a line for each pair of settings that cannot go together; with the project's `root` also for files that they
     name and that are not there, or are of no use."""
     from dit.alignment import require_alignment
-    from dit.embeddings import require_source
+    from dit.embeddings import read_header, require_source
     from dit.metrics import metric_names
     from dit.objective import require_objective
     from dit.setting import require_sampler
@@ -58,11 +58,18 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
         yield f"data.image_size: {data.image_size} is no multiple of {factor}, the autoencoder's factor"
     elif factor and (side := data.image_size // factor) % (patch := model.resolved().patch_size):
         yield f"model.patch_size: {patch} does not divide the latent side {side} (image size {data.image_size} / {factor})"
-    aligned, featured = sections["objective"].alignment, sections["encode"].features is not None
+    aligned, features = sections["objective"].alignment, sections["encode"].features
     rules = [lambda: require_objective(model, sections["objective"])]
-    if (features := sections["encode"].features) and root is not None:
-        rules.append(lambda: require_source(features))
-    rules += [lambda: require_alignment(aligned, model.resolved().depth, (1, 1) if featured else None)]
+    shape, mirrored = (1, 1) if features else None, True
+    if features and root is not None:
+        try:
+            require_source(features)
+            count, mirrored = read_header(features)
+            shape = (count, 1)
+        except ValueError as error:
+            yield str(error)
+    mirrored = mirrored or not data.mirror
+    rules += [lambda: require_alignment(aligned, model.resolved().depth, shape, mirrored=mirrored)]
     conditional = model.condition == "embeddings" or (model.condition == "classes" and data.num_classes)
     rules += [lambda s=s: require_sampler(s, sections["objective"].name, conditional) for s in sample.settings]
     if root is not None and sections["train"].init_from is not None:
@@ -82,6 +89,8 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     guided = [setting.name for setting in sample.settings if setting.cfg_scale != 1]
     if guided and train.class_dropout_prob == 0 and train.max_steps:
         yield f"train.class_dropout_prob: 0 leaves the null label untrained, and sample.settings {guided[0]!r} guides with it"
+    if conditional and train.class_dropout_prob == 1 and train.max_steps:
+        yield "train.class_dropout_prob: 1 drops every condition, so none is learned: lower it, or model.condition none"
     every = train.snapshot_every_steps
     kept = {train.max_steps, *(range(every, train.max_steps, every) if every else ())}
     if ema.weights == "raw" and ema.step not in (None, train.max_steps):

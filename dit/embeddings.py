@@ -5,7 +5,10 @@ A network may be conditioned on them (`model.condition: embeddings`) or learn to
 
 - a file, found by its ending. `.npz`: arrays `keys` (n,) of text and `features` (n, E) or (n, L, E). `.safetensors`: the
   tensor `features`, and the keys as a JSON list under `keys` in its metadata. A key is an image's as `scan` lists it, for
-  a folder the path below it (`cats/7.png`). Keys that no image has are left alone.
+  a folder the path below it (`cats/7.png`). Keys that no image has are left alone. With `data.mirror` a mirror image has
+  the features of the image itself, which is right for a text's, or one vector for the whole image. Those of a grid are
+  of places: to align tokens with a grid the file holds a second array or tensor, `features_mirror`, of the same shape,
+  with the features of each mirror image.
 - `pixels-4x4` (any size): no more than the mean colours of the squares of a grid, as one vector of an image; with
   `-tokens` at the end, as one vector of each square. It needs no weights and stands in for a real one.
 - one of torch-fidelity's extractors, such as `clip-vit-b-32`: the layer that it compares images by. Its weights must be
@@ -16,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,7 @@ from dit import torchvision_cpu
 from dit.paths import file_sha256
 
 SUFFIXES = (".npz", ".safetensors")
+NAMES = ("features", "features_mirror")
 PIXELS = re.compile(r"pixels-([1-9]\d?)x\1(-tokens)?")
 
 
@@ -37,23 +42,32 @@ PIXELS = re.compile(r"pixels-([1-9]\d?)x\1(-tokens)?")
 class Features:
     """A source of features: `of(keys, images)` gives (N, L, E) float16 for N keys and uint8 images (N, S, S, 3).
 
-    `sees_pixels`: it looks at the images, so that a mirror image has features of its own. `digest` names all that they
-    depend on; `digest_of(keys)` what those of some images depend on. `missing(keys)` are those it has nothing for.
+    `of_mirror(keys, images)`, given the same images, tells of their mirror images; None where those have no others.
+    `digest` names all that features depend on; `digest_of(keys)` what those of some images depend on. `missing(keys)`
+    are those it has nothing for.
     """
 
     source: str
     digest: str
-    sees_pixels: bool
     of: Callable[[Sequence[str], np.ndarray], Tensor]
+    of_mirror: Callable[[Sequence[str], np.ndarray], Tensor] | None
     digest_of: Callable[[Sequence[str]], str]
     missing: Callable[[Iterable[str]], list[str]]
 
 
 def require_source(source: str) -> None:
     """Raise ValueError, one line, unless there is a file or an extractor of this name, with its weights. Reads none."""
-    if source.endswith(SUFFIXES):
-        if not Path(source).expanduser().is_file():
-            raise ValueError(f"encode.features: the file {source} is not there")
+    if is_file_name(source):
+        path = Path(source).expanduser().absolute()
+        if path.is_dir():
+            raise ValueError(f"encode.features: {path} is a folder: name a .npz or .safetensors file")
+        if not path.is_file():
+            raise ValueError(
+                f"encode.features: the file {source} is not there (looked at {path}): "
+                "make it, name it by its whole path, or set encode.features to null"
+            )
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"encode.features: {path} may not be read by this user: chmod u+r, or name another file")
     elif not PIXELS.fullmatch(source):
         for file, url in library_weights(source):
             if not file.is_file():
@@ -62,11 +76,33 @@ def require_source(source: str) -> None:
                 )
 
 
+def is_file_name(source: str) -> bool:
+    """Whether `source` names a file by its ending, not an extractor."""
+    return source.lower().endswith(SUFFIXES)
+
+
+def read_header(source: str) -> tuple[int, bool]:
+    """L, and whether mirror images have features of their own; of a file no more than its header is read.
+
+    Raises ValueError where the file has none that can be read. `require_source` comes first.
+    """
+    if not is_file_name(source):
+        match = PIXELS.fullmatch(source)
+        return (int(match[1]) ** 2 if match and match[2] else 1), True
+    path = Path(source).expanduser().absolute()
+    try:
+        shapes = _npz_shapes(path) if path.suffix.lower() == ".npz" else _safetensors_shapes(path)
+        shape = shapes["features"]
+    except Exception as error:  # zip, numpy and safetensors each have their own
+        raise _unreadable(path, error) from None
+    return (shape[1] if len(shape) == 3 else 1), "features_mirror" in shapes
+
+
 def open_features(source: str, device: torch.device | str = "cpu") -> Features:
     """The source of this name. Raises ValueError, one line, where there is none, it is damaged, or its weights are
     not here."""
     require_source(source)
-    if source.endswith(SUFFIXES):
+    if is_file_name(source):
         return _from_file(source)
     if PIXELS.fullmatch(source):
         return _extractor(source, source, lambda images: mean_colours(images, source))
@@ -86,24 +122,25 @@ def require_all(features: Features, keys: Iterable[str]) -> None:
         )
 
 
-def read_file(path: Path) -> tuple[list[str], Tensor]:
-    """Keys and features (n, L, E) float16 of a file. Raises ValueError where it is not one, or holds what float16
-    cannot."""
+def read_file(path: Path) -> tuple[list[str], Tensor, Tensor | None]:
+    """Keys, features (n, L, E) float16 and, if there are any, those of the mirror images, of a file.
+
+    Raises ValueError where it is not one, or holds what float16 cannot.
+    """
     try:
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                keys, features = arrays["keys"].tolist(), torch.from_numpy(arrays["features"])
+                keys = arrays["keys"].tolist()
+                found = {name: torch.from_numpy(arrays[name]) for name in NAMES if name in arrays}
         else:
             from safetensors import safe_open
 
             with safe_open(path, "pt") as tensors:
                 keys = json.loads((tensors.metadata() or {})["keys"])
-                features = tensors.get_tensor("features")
+                found = {name: tensors.get_tensor(name) for name in NAMES if name in tensors.keys()}  # noqa: SIM118
+        features, mirror = found["features"], found.get("features_mirror")
     except Exception as error:  # zip, numpy, safetensors and JSON each have their own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"encode.features: {path} holds no `keys` and `features` that can be read ({reason})"
-        ) from None
+        raise _unreadable(path, error) from None
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
         raise ValueError(f"encode.features: the keys of {path} must be texts, each of them once")
     if features.dim() not in (2, 3) or len(features) != len(keys) or not features.numel():
@@ -111,12 +148,67 @@ def read_file(path: Path) -> tuple[list[str], Tensor]:
         raise ValueError(
             f"encode.features: `features` of {path} must be (n, E) or (n, L, E) for {len(keys)} keys, found {shape}"
         )
-    features = (features if features.dim() == 3 else features.unsqueeze(1)).half()
-    if not torch.isfinite(features).all():
+    if mirror is not None and mirror.shape != features.shape:
         raise ValueError(
-            f"encode.features: {path} holds numbers that are not finite in float16 (above 65504): scale them"
+            f"encode.features: `features_mirror` of {path} must have the shape of `features` {tuple(features.shape)}, "
+            f"found {tuple(mirror.shape)}"
         )
-    return keys, features
+    halves = [_to_half(path, name, value, keys) for name, value in found.items()]
+    return keys, halves[0], halves[1] if len(halves) > 1 else None
+
+
+def _to_half(path: Path, name: str, features: Tensor, keys: list[str]) -> Tensor:
+    """(n, E) or (n, L, E) -> (n, L, E) float16. Raises ValueError where nothing true would be left of a vector."""
+    if features.is_complex():
+        raise ValueError(f"encode.features: `{name}` of {path} holds complex numbers: store real ones")
+    features = features if features.dim() == 3 else features.unsqueeze(1)
+    half = features.half()
+    if (bad := half.isnan().flatten(1).any(1)).any():
+        first = keys[int(bad.nonzero()[0])]
+        raise ValueError(
+            f"encode.features: `{name}` of {path} holds NaN for {int(bad.sum())} images, the first is {first!r}: "
+            "compute them again"
+        )
+    if not torch.isfinite(half).all():
+        raise ValueError(
+            f"encode.features: `{name}` of {path} holds numbers that are not finite in float16 (above 65504): scale them"
+        )
+    # One small number among others is as good as 0; a vector of nothing else would lose its direction.
+    small = half.abs().amax(-1) < torch.finfo(torch.float16).tiny
+    if features[small].double().any():
+        raise ValueError(
+            f"encode.features: `{name}` of {path} holds vectors that are lost in float16 "
+            "(not 0, but no number in them reaches 6.1e-5): scale them"
+        )
+    return half
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ValueError(
+        f"encode.features: {path} holds no `keys` and `features` that can be read ({reason}): "
+        "write it again as dit/embeddings.py describes"
+    )
+
+
+def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    with zipfile.ZipFile(path) as members:
+        for name in NAMES:
+            if f"{name}.npy" not in members.namelist():
+                continue
+            with members.open(f"{name}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+                shapes[name] = read(member)[0]
+    return shapes
+
+
+def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def mean_colours(images: np.ndarray, name: str = "pixels-4x4") -> Tensor:
@@ -138,8 +230,9 @@ def library_weights(name: str) -> list[tuple[Path, str]]:
     from torchvision.models import VGG16_Weights
 
     if name not in FEATURE_EXTRACTORS_REGISTRY:
+        folder = "a folder, " if Path(name).expanduser().is_dir() else ""
         raise ValueError(
-            f"encode.features: {name!r} is no file (.npz, .safetensors) and no extractor: "
+            f"encode.features: {name!r} is {folder}no file (.npz, .safetensors) and no extractor: "
             f"use pixels-4x4 or one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}"
         )
     urls = {"inception-v3-compat": feature_extractor_inceptionv3.URL_INCEPTION_V3}
@@ -155,26 +248,36 @@ def library_weights(name: str) -> list[tuple[Path, str]]:
 
 
 def _from_file(source: str) -> Features:
-    path = Path(source).expanduser()
-    keys, features = read_file(path)
+    path = Path(source).expanduser().absolute()
+    keys, features, mirror = read_file(path)
     row = {key: number for number, key in enumerate(keys)}
 
-    def rows(wanted: Sequence[str]) -> Tensor:
+    def of(wanted: Sequence[str], images: np.ndarray) -> Tensor:
         return features[[row[key] for key in wanted]]
 
+    def of_mirror(wanted: Sequence[str], images: np.ndarray) -> Tensor:
+        return mirror[[row[key] for key in wanted]]
+
     def digest_of(wanted: Sequence[str]) -> str:
-        return hashlib.sha256(rows(wanted).numpy().tobytes()).hexdigest()
+        told = hashlib.sha256()
+        for tensor in (features, mirror) if mirror is not None else (features,):
+            told.update(tensor[[row[key] for key in wanted]].numpy().tobytes())
+        return told.hexdigest()
 
     def missing(wanted: Iterable[str]) -> list[str]:
         return [key for key in wanted if key not in row]
 
-    return Features(source, file_sha256(path), False, lambda wanted, images: rows(wanted), digest_of, missing)
+    return Features(source, file_sha256(path), of, None if mirror is None else of_mirror, digest_of, missing)
 
 
 def _extractor(source: str, digest: str, of: Callable[[np.ndarray], Tensor]) -> Features:
-    return Features(
-        source, digest, True, lambda keys, images: of(images).half().cpu(), lambda keys: digest, lambda keys: []
-    )
+    def seen(keys: Sequence[str], images: np.ndarray) -> Tensor:
+        return of(images).half().cpu()
+
+    def seen_in_the_mirror(keys: Sequence[str], images: np.ndarray) -> Tensor:
+        return seen(keys, images[:, :, ::-1])
+
+    return Features(source, digest, seen, seen_in_the_mirror, lambda keys: digest, lambda keys: [])
 
 
 def _require_content(file: Path, url: str) -> None:

@@ -17,6 +17,9 @@ from dit.survey import Survey
 FEW = 10_000  # images, below which a large network learns more from weights that have seen others
 GIB = 2**30
 REST = 1.6  # time of the whole pipeline over that of training, where the autoencoder is fitted here (own-64's)
+STARTS = (
+    45  # seconds that the stages' processes and their imports take in all, whatever the work (measured on two cores)
+)
 CPU_SHARE = 0.65  # of a processor's matrix products, in training (measured)
 
 
@@ -60,12 +63,18 @@ class Weights:
     config: dict[str, Any]
 
 
-def expectations(found: Survey, machine: Machine, weights: Weights | None, settings: dict[str, Any]) -> list[str]:
-    """Time, memory, quality and licences, in lines."""
+def expectations(
+    found: Survey, machine: Machine, weights: Weights | None, settings: dict[str, Any], learned: int | None = None
+) -> list[str]:
+    """Time, memory, quality and licences, in lines; `learned` is the number of images to train on where it is known."""
     train, preset = settings["train"], settings["preset"]
-    learned = round(found.count * (1 - settings["data"]["held_out_fraction"]))
+    count = found.count - len(found.unreadable)
+    if learned is None:
+        learned = round(count * (1 - settings["data"]["held_out_fraction"]))
+    if not train["max_steps"]:
+        return [*untrained(found, train["init_from"]), *licences(weights, settings, preset)]
     passes = train["max_steps"] * train["global_batch_size"] / learned
-    lines = [f"{learned:,} images to learn from, {found.count - learned:,} held out to judge by; {passes:,.0f} passes"]
+    lines = [f"{learned:,} images to learn from, {count - learned:,} held out to judge by; {passes:,.0f} passes"]
     lines += cost(machine, settings)
     lines.append(quality(found, learned, passes, settings))
     if settings["data"]["mirror"]:
@@ -77,10 +86,24 @@ def expectations(found: Survey, machine: Machine, weights: Weights | None, setti
     return lines + licences(weights, settings, preset)
 
 
+def untrained(found: Survey, source: str | None) -> list[str]:
+    """What a preset with train.max_steps 0 does with the images."""
+    lines = [
+        f"nothing is trained (train.max_steps 0): pictures are drawn from the weights in {source} as they are; "
+        f"the {found.count:,} images are only what they are compared with",
+        "time: none for training; that of drawing and comparing is not estimated",
+    ]
+    if found.classes:
+        lines.append(
+            "the sub-folders must sort as the weights' own classes do, and be as many: `dit check` counts them"
+        )
+    return [*lines, "quality: that of the weights; to have pictures of your kind, --preset finetune-256"]
+
+
 def quality(found: Survey, learned: int, passes: float, settings: dict[str, Any]) -> str:
     """What to hope for, in words: a rule of thumb on images for each class and passes over them."""
     each = learned // max(1, len(found.classes))
-    what = f"{each:,} images a class" if found.classes else f"{learned:,} images"
+    what = f"{each:,} image{'s' * (each != 1)} a class" if found.classes else f"{learned:,} images"
     if settings["train"].get("init_from"):
         return f"quality: {what} for weights that have seen others: pictures of your kind; watch for copies of yours"
     if each < 30:
@@ -132,7 +155,11 @@ def cost(machine: Machine, settings: dict[str, Any]) -> list[str]:
             *lines,
         ]
     seconds = 3600 * training_hours(forward, images, device, share)
-    rest = f", {clock(REST * seconds)} for everything" if settings["vae"]["pretrained"] is None else " (encoding apart)"
+    rest = (
+        f", {clock(REST * seconds + STARTS)} for everything"
+        if settings["vae"]["pretrained"] is None
+        else " (encoding apart)"
+    )
     return [f"time: about {clock(seconds)} of training{rest}, by arithmetic for {machine.name}", *lines]
 
 

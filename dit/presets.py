@@ -6,6 +6,7 @@ from typing import Any
 
 from dit.config import read_params
 from dit.paths import write_atomic
+from dit.sources import content_hash
 
 
 def names(folder: Path = Path("presets")) -> list[str]:
@@ -60,34 +61,68 @@ def apply(
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     before = params.read_text() if params.is_file() else ""
-    if before.strip():
-        if read_params(params) == settings:
-            return ""
-    document = yaml.load(before) or {}
+    held = current(params)
+    if held == settings:
+        return ""
+    document = {} if held is None else yaml.load(before)
     _replace(document, settings)
     stream = StringIO()
     yaml.dump(document, stream)
     after = stream.getvalue()
     if write:
         write_atomic(params, after.encode())
+        write_atomic(_record(params), content_hash(after.encode()).encode())
     lines = difflib.unified_diff(
         before.splitlines(), after.splitlines(), "params.yaml", f"params.yaml ({name})", lineterm="", n=0
     )
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
+def current(params: Path) -> dict[str, Any] | None:
+    """What params.yaml holds; None where it is not there, or holds nothing but comments. Raises ValueError."""
+    if not params.is_file():
+        return None
+    lines = [line.strip() for line in params.read_text(errors="replace").splitlines()]
+    if all(line.startswith("#") or line in ("", "---") for line in lines):
+        return None
+    return read_params(params)
+
+
+def written_by_apply(params: Path) -> bool:
+    """Whether params.yaml is as `apply` left it, to the last byte."""
+    record = _record(params)
+    return record.is_file() and record.read_text() == content_hash(params.read_bytes())
+
+
+def _record(params: Path) -> Path:
+    return params.parent / "scratch" / "params.sha256"
+
+
 def _replace(mapping: Any, values: dict[str, Any]) -> None:
     """Make a mapping of the document hold exactly `values`, leaving what is equal as it stands."""
-    for gone in [key for key in mapping if key not in values]:
-        del mapping[gone]
+    # The lines after a mapping hang on its last key: they are set aside, and hung on what is last in the end.
+    below = _take_below(mapping, list(mapping)[-1]) if mapping else ""
+    kept = None
+    for key in list(mapping):
+        if key in values:
+            kept = key
+            continue
+        orphaned = _take_below(mapping, key)
+        del mapping[key]
+        if kept is not None:
+            _hang_below(mapping, kept, orphaned)
+        else:
+            below = orphaned + below
     for key, value in values.items():
         _set(mapping, key, value)
+    if values:
+        _hang_below(mapping, list(mapping)[-1], below)
 
 
 def _set(mapping: Any, key: str, value: Any) -> None:
     # An equal value is left as it stands: its notation and its comment are the person's.
     old = mapping.get(key)
-    if isinstance(old, dict) and isinstance(value, dict):
+    if isinstance(old, dict) and isinstance(value, dict) and old and value:
         return _replace(old, value)
     if key in mapping and old == value and type(old) is not bool and type(value) is not bool:
         return
@@ -96,13 +131,71 @@ def _set(mapping: Any, key: str, value: Any) -> None:
     elif isinstance(old, list) and isinstance(value, list):
         old[:] = value  # in the notation that it has: [8, 16, 32] on one line
     else:
-        mapping[key] = value
+        below = _take_below(mapping, key) if key in mapping else ""
+        mapping[key] = _commented(value)
+        _hang_below(mapping, key, below)
 
 
-def _flow_mapping() -> Any:
+def _commented(value: Any) -> Any:
+    """Settings as nodes that comments can hang on; what is in a list stands on one line."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    if isinstance(value, dict):
+        return CommentedMap({key: _commented(inner) for key, inner in value.items()})
+    if not isinstance(value, list):
+        return value
+    node = CommentedSeq(_flow_mapping(item) if isinstance(item, dict) else item for item in value)
+    if not any(isinstance(item, dict) for item in value):
+        node.fa.set_flow_style()
+    return node
+
+
+def _place(mapping: Any, key: Any) -> tuple[Any, Any, int] | None:
+    """Where ruamel keeps the comment after the last line of a key: the node, its key, and the position there."""
+    node, position = mapping, 2
+    while hasattr(node, "ca"):
+        inner = node[key]
+        block = isinstance(inner, dict | list) and hasattr(inner, "fa") and not inner.fa.flow_style()
+        if not (block and inner):
+            return node, key, position
+        mapped = isinstance(inner, dict)
+        node, key, position = inner, list(inner)[-1] if mapped else len(inner) - 1, 2 if mapped else 0
+    return None
+
+
+def _take_below(mapping: Any, key: Any) -> str:
+    """Cut off and return the lines below a key, up to the next one; the comment beside it stays."""
+    place = _place(mapping, key)
+    tokens = place[0].ca.items.get(place[1]) if place else None
+    if not tokens or tokens[place[2]] is None:
+        return ""
+    token = tokens[place[2]]
+    beside, _, below = token.value.partition("\n")
+    if beside:
+        token.value = beside + "\n"
+    else:
+        tokens[place[2]] = None
+    return below
+
+
+def _hang_below(mapping: Any, key: Any, below: str) -> None:
+    """Put lines below a key, after those that are there."""
+    from ruamel.yaml.error import CommentMark
+    from ruamel.yaml.tokens import CommentToken
+
+    if not below or (place := _place(mapping, key)) is None:
+        return
+    node, key, position = place
+    tokens = node.ca.items.setdefault(key, [None, None, None, None])
+    if tokens[position] is None:
+        tokens[position] = CommentToken("\n", CommentMark(0), None)
+    tokens[position].value += below
+
+
+def _flow_mapping(values: dict[str, Any]) -> Any:
     from ruamel.yaml.comments import CommentedMap
 
-    mapping = CommentedMap()
+    mapping = CommentedMap(values)
     mapping.fa.set_flow_style()  # {name: plain, ...} on one line, as a person writes it
     return mapping
 
@@ -112,6 +205,6 @@ def _set_list(old: Any, new: list[dict[str, Any]]) -> None:
     while len(old) > len(new):
         del old[0]
     while len(old) < len(new):
-        old.insert(0, _flow_mapping())
+        old.insert(0, _flow_mapping({}))
     for before, after in zip(old, new, strict=True):
         _replace(before, after)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dit import presets, survey
-from dit.config import read_params
 from dit.expectations import FEW, GIB, Machine, Weights, device_batch_size, expectations, look
 from dit.model import ModelConfig
 from dit.paths import Paths, write_atomic
 from dit.sources import DataConfig, content_hash
 from dit.survey import Survey
+
+EMBEDDED = "digits"  # the name that the embedded source has in metrics and registry
 
 
 def imported(root: Path, image_size: int) -> Weights | None:
@@ -94,8 +95,9 @@ def held_out_fraction(count: int) -> float:
 
 
 def name_of(folder: str) -> str:
-    """A folder's name as `data.name` may be."""
-    return re.sub(r"[^a-z0-9]+", "_", Path(folder).expanduser().resolve().name.lower()).strip("_") or "images"
+    """A folder's name as `data.name` may be, and not the embedded digits'."""
+    name = re.sub(r"[^a-z0-9]+", "_", Path(folder).expanduser().resolve().name.lower()).strip("_") or "images"
+    return f"{name}_images" if name == EMBEDDED else name
 
 
 def init(
@@ -114,6 +116,8 @@ def init(
     place = paths.root / "presets"
     if not place.is_dir():
         raise ValueError(f"{place} is not there: run in the project's folder")
+    if name == EMBEDDED:
+        raise ValueError(f"--name {name}: the embedded digits have it, in metrics and registry: choose another")
     found = survey.survey(folder)
     machine, weights = look(), imported(paths.root, 256)
     chosen, why = (preset, "asked for") if preset else choose(found, machine, weights)
@@ -122,26 +126,29 @@ def init(
     changed["run"] = {"device_batch_size": device_batch_size(machine, presets.merged(base, changed))}
     settings = presets.merged(base, changed)
     try:
-        DataConfig(**settings["data"])
+        data = DataConfig(**settings["data"])
     except ValueError as error:
         raise ValueError(f"data.{error}") from None
+    learned = sum(survey.learnable(found, data).values())
     kept = keep(paths, settings) if write else None
     difference = presets.apply(chosen, paths.params, place, overlay=changed, write=write)
-    lines = [*survey.describe(found), f"preset {chosen}: {why}", *expectations(found, machine, weights, settings)]
+    lines = [*survey.describe(found, data.max_bad_fraction), f"preset {chosen}: {why}"]
+    lines += expectations(found, machine, weights, settings, learned)
     if kept:
         lines.append(f"params.yaml is written; the one before, which had been edited, is kept as {kept}")
     elif write:
         lines.append("params.yaml is written" if difference else "params.yaml holds these settings already")
     if difference and (kept or not write):
         lines = [*difference.splitlines(), "", *lines]
-    return [*lines, "Next: make repro (or: dit check && dvc repro)"]
+    first = "repair or remove what cannot be read, then " if survey.refused(found, data.max_bad_fraction) else ""
+    return [*lines, f"Next: {first}make repro (or: dit check && dvc repro)"]
 
 
 def keep(paths: Paths, settings: dict[str, Any]) -> Path | None:
-    """Copy params.yaml to scratch/ where it holds more than a preset, so that no person's settings are lost."""
-    if not paths.params.is_file():
+    """Copy params.yaml to scratch/ where a person edited it, so that no one's settings are lost."""
+    before = presets.current(paths.params)
+    if before is None or presets.written_by_apply(paths.params):
         return None
-    before = read_params(paths.params)
     try:
         plain = before == presets.resolve(str(before.get("preset")), paths.root / "presets")
     except ValueError:

@@ -7,14 +7,16 @@ Files of equal length are compared by content hash; of a large folder, a spread 
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from dit.sources import DataConfig, Entry, Unreadable, content_hash, decode, list_images, read_content
+from dit.shards import held_out
+from dit.sources import DataConfig, Entry, Listing, Row, Unreadable, content_hash, decode, list_images, read_content
 
 LOOKED_AT = 2_000  # images opened
 COMPARED = 50_000  # images up to which copies are looked for: beyond, every other file has another's length
+ARCHIVED = "__MACOSX"  # what an archive packed on a Mac leaves beside the images: no class
 LEAST = 16  # images below which there is nothing to learn from
 
 
@@ -31,15 +33,26 @@ class Survey:
     modes: dict[str, int]  # Pillow's names, the most frequent first
     unreadable: list[tuple[str, str]]  # key and reason
     copies: int | None  # images that equal another to the last byte; None where they were not looked for
+    without: list[str] = field(default_factory=list)  # sub-folders that hold no image
+    keys: list[str] = field(default_factory=list)  # all images, sorted
+    contents: dict[str, str] = field(default_factory=dict)  # sha256 of those opened; "" where the file gave nothing
 
 
 def survey(folder: str) -> Survey:
     """Look at a folder. Raises ValueError, one line, where no model can be trained on it as it is."""
-    data = DataConfig("survey", folder, "none", 0, 64, False, 0.0, 0, 1, 0.0)
+    # A folder, also where it is called as the embedded source is.
+    source = "./digits" if folder == "digits" else folder
+    data = DataConfig("survey", source, "none", 0, 64, False, 0.0, 0, 1, 0.0)
     try:
+        str(Path(folder).expanduser().resolve()).encode()
         found = list_images(data)
+    except UnicodeEncodeError:
+        raise ValueError(f"the folder's path {folder!r} is not valid UTF-8: rename it") from None
+    except RuntimeError as error:  # of ~nobody
+        raise ValueError(f"{folder!r}: {error}") from None
     except ValueError as error:
-        raise ValueError(str(error).replace("data.source: ", "", 1)) from None
+        hint = "; the embedded digits are `dit preset digits`" if folder == "digits" else ""
+        raise ValueError(str(error).replace("data.source: ", "", 1) + hint) from None
     keys = [entry.key for entry in found.images]
     classes = classes_of(folder, keys)
     if len(keys) < LEAST:
@@ -47,10 +60,13 @@ def survey(folder: str) -> Survey:
             f"{folder!r} holds {len(keys)} images: at least {LEAST} are needed, and some hundreds for a start"
         )
     picked = [keys[i * len(keys) // LOOKED_AT] for i in range(LOOKED_AT)] if len(keys) > LOOKED_AT else keys
-    sides, modes, unreadable = [], Counter[str](), []
+    sides, modes, unreadable, contents = [], Counter[str](), [], {}
     for key in picked:
+        contents[key] = ""
         try:
-            mode, side = _look(data, key)
+            content = read_content(data, key)
+            contents[key] = content_hash(content)
+            mode, side = _look(data, content)
         except (OSError, Unreadable) as error:
             unreadable.append((key, getattr(error, "strerror", None) or str(error)))
             continue
@@ -63,13 +79,60 @@ def survey(folder: str) -> Survey:
         )
     copies = count_copies(data, found.images) if len(keys) <= COMPARED else None
     spread = (min(sides), round(median(sides)), max(sides))
-    return Survey(
-        folder, len(keys), found.others, classes, len(picked), spread, dict(modes.most_common()), unreadable, copies
-    )
+    counted = (len(keys), found.others, classes, len(picked), spread, dict(modes.most_common()), unreadable, copies)
+    return Survey(source, *counted, without_images(folder, keys), keys, contents)
+
+
+def without_images(folder: str, keys: Sequence[str]) -> list[str]:
+    """The sub-folders, neither hidden nor an archive's leftovers, in which no image was found."""
+    used = {key.partition("/")[0] for key in keys} | {ARCHIVED}
+    below = Path(folder).expanduser().iterdir()
+    return sorted(path.name for path in below if path.name not in used and path.name[0] != "." and path.is_dir())
+
+
+def learnable(found: Survey, data: DataConfig) -> dict[str, int]:
+    """How many readable images of each class (of "" without classes) a first run trains on: shard's own choice.
+
+    Exact where all images were opened; the others are taken for readable, and for no copies. Raises ValueError, one
+    line, where the pipeline would refuse what is left.
+    """
+    labels = {name: label for label, name in enumerate(found.classes)}
+    rows = []
+    for number, key in enumerate(found.keys):
+        sha256 = found.contents.get(key, f"not opened: {key}")
+        rows.append(Row(key, 0, sha256, labels.get(key.partition("/")[0], 0), 0, number))
+    held = held_out(Listing(data.source, data.labels, list(found.classes), rows), data)
+    bad = {key for key, _ in found.unreadable}
+    names = list(found.classes) or [""]
+    left = Counter({name: 0 for name in names})
+    left.update(names[row.label] for row in rows if row.key not in held and row.key not in bad)
+    share = f"{data.held_out_fraction:.0%} of the images"
+    if starved := [name for name in names if not left[name]]:
+        shown = ", ".join(map(repr, starved[:3])) + ", ..." * bool(starved[3:])
+        raise ValueError(
+            f"{found.folder!r}: {len(starved)} of {len(names)} classes ({shown}) would have no readable image left to "
+            f"train on when {share} are held out: add images to them, or take them away"
+        )
+    if held <= bad:
+        raise ValueError(
+            f"{found.folder!r}: holding out {share} leaves none to judge by (copies stay together): add some"
+        )
+    return dict(left)
+
+
+def refused(found: Survey, limit: float) -> bool:
+    """Whether more images are unreadable than data.max_bad_fraction lets pass, of those opened."""
+    return len(found.unreadable) > limit * found.opened
 
 
 def classes_of(folder: str, keys: Sequence[str]) -> dict[str, int]:
     """Images of each first-level sub-folder. Raises ValueError where some lie outside one, or there is one class only."""
+    archived = sum(key.startswith(f"{ARCHIVED}/") for key in keys)
+    if archived:
+        raise ValueError(
+            f"{str(Path(folder) / ARCHIVED)!r} holds {archived} images: an archive packed on a Mac leaves that folder, "
+            "and it is no class: delete it"
+        )
     loose = [key for key in keys if "/" not in key]
     if loose and len(loose) < len(keys):
         raise ValueError(
@@ -99,8 +162,8 @@ def count_copies(data: DataConfig, images: Sequence[Entry]) -> int:
     return sum(count - 1 for count in contents.values())
 
 
-def describe(found: Survey) -> list[str]:
-    """The survey as lines for a person."""
+def describe(found: Survey, limit: float = 0.01) -> list[str]:
+    """The survey as lines for a person; `limit` is data.max_bad_fraction."""
     lines = [
         f"{found.count:,} images in {found.folder}" + (f" (and {found.others:,} other files)" if found.others else "")
     ]
@@ -115,25 +178,33 @@ def describe(found: Survey) -> list[str]:
     modes = ", ".join(f"{mode} {count:,}" for mode, count in found.modes.items())
     part = f" (of {found.opened:,} looked at)" if found.opened < found.count else ""
     lines.append(f"shorter side {low} to {high} pixels, median {middle}; modes {modes}{part}")
+    if found.without:
+        shown = ", ".join(map(repr, found.without[:5])) + ", ..." * bool(found.without[5:])
+        lines.append(f"no PNG, JPEG or WebP image in {shown}: no class is made of that")
     if found.unreadable:
-        key, reason = found.unreadable[0]
-        lines.append(
-            f"{len(found.unreadable):,} cannot be read and will be left out{part}: {key} ({reason})"
-            + (", ..." if len(found.unreadable) > 1 else "")
-        )
+        shown = "; ".join(f"{key!r}: {reason}" for key, reason in found.unreadable[:3])
+        shown += "; ..." * bool(found.unreadable[3:])
+        count = f"{len(found.unreadable):,} of {found.opened:,} images cannot be read"
+        if refused(found, limit):
+            share = len(found.unreadable) / found.opened
+            lines.append(
+                f"{count}, {share:.1%}, and the pipeline refuses more than {100 * limit:g}% ({shown}): "
+                "repair or remove them, or raise data.max_bad_fraction in params.yaml"
+            )
+        else:
+            lines.append(f"{count} and will be left out ({shown})")
     if found.copies is None:
         lines.append(f"copies were not looked for (more than {COMPARED:,} images)")
     elif found.copies:
         lines.append(
-            f"{found.copies:,} are exact copies of others: the model sees those more often, and held-out ones may be trained on"
+            f"{found.copies:,} are exact copies of others: the model sees those more often; copies are held out together or not at all"
         )
     return lines
 
 
-def _look(data: DataConfig, key: str) -> tuple[str, int]:
+def _look(data: DataConfig, content: bytes) -> tuple[str, int]:
     from PIL import Image
 
-    content = read_content(data, key)
     decode(data, content)  # the whole of it: a torn file shows only then
     with Image.open(io.BytesIO(content)) as image:
         return image.mode, min(image.size)

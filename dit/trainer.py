@@ -174,7 +174,8 @@ def fit(
 def new_learner(network: DiT, data: LatentDataset, objective: ObjectiveConfig, train: TrainConfig) -> Learner:
     """The learner before its first step. Raises ValueError where the latents carry no features to align with."""
     aligned, features = objective.alignment, data.tensors.get("features")
-    require_alignment(aligned, network.config.depth, None if features is None else tuple(features.shape[1:]))
+    shape, mirrored = None if features is None else tuple(features.shape[1:]), "features_mirror" in data.tensors
+    require_alignment(aligned, network.config.depth, shape, mirrored=mirrored or not data.mirror)
     projector, steps = None, aligned.stop_step or train.max_steps
     if aligned.weight:
         projector = new_projector(network.config.hidden_size, aligned, features.shape[-1], train.seed)

@@ -81,6 +81,14 @@ def test_what_cannot_be_aligned_is_refused(change, shape, message):
     require_alignment(AlignmentConfig(weight=0.0, block=99), 2, None)  # off: nothing is asked for
 
 
+def test_a_grid_of_the_image_itself_is_no_target_for_its_mirror_image():
+    on, off = AlignmentConfig(weight=0.5), AlignmentConfig()
+    with pytest.raises(ValueError, match="^encode.features: the file has no features_mirror for mirror images: add"):
+        require_alignment(on, 2, (4, 8), mirrored=False)
+    for config, shape, mirrored in [(on, (4, 8), True), (on, (1, 8), False), (off, (4, 8), False)]:
+        require_alignment(config, 2, shape, mirrored=mirrored)
+
+
 @pytest.mark.parametrize("change", [{"weight": -1.0}, {"block": 0}, {"stop_step": 0}, {"projector_size": 0}])
 def test_bad_settings_are_refused(change):
     with pytest.raises(ValueError, match=f"^{next(iter(change))} must "):

@@ -188,6 +188,7 @@ def test_the_shipped_settings_fit_together(project):
             "class_dropout_prob: 0",
             "train.class_dropout_prob: 0 leaves the null label untrained",
         ),
+        ("class_dropout_prob: 0.1", "class_dropout_prob: 1", "train.class_dropout_prob: 1 drops every condition"),
         ("max_shift_pixels: 2", "max_shift_pixels: 99", "reference.max_shift_pixels: must be below half"),
         ("seed: 2020", "seed: -1", "evaluate.seed must be 0 to 4294967295, got -1"),
         ("num_threads: 1 ", "num_threads: 1000000 ", "run.num_threads must be at most"),
@@ -204,6 +205,29 @@ def test_what_cannot_go_together_is_refused_before_any_work(project, old, new, m
     with pytest.raises(ValueError) as caught:
         check(Paths(project))
     assert message in str(caught.value)
+
+
+def test_the_shape_of_a_features_file_is_looked_at_before_any_work(project):
+    import numpy as np
+
+    text = (project / "params.yaml").read_text()
+    aligned = text.replace("    weight: 0.0 ", "    weight: 0.5 ").replace(
+        "features: null", f"features: {project}/f.npz"
+    )
+
+    def say(mirror, **arrays):
+        np.savez(project / "f.npz", keys=np.array(["a", "b"]), **arrays)
+        (project / "params.yaml").write_text(aligned.replace("mirror: false", f"mirror: {mirror}"))
+        try:
+            check(Paths(project))
+        except ValueError as error:
+            return str(error)
+
+    grid = np.ones((2, 4, 3))
+    assert "5 feature vectors an image are neither one nor a square grid" in say("false", features=np.ones((2, 5, 3)))
+    assert say("false", features=grid) is say("true", features=np.ones((2, 3))) is None
+    assert "the file has no features_mirror for mirror images" in say("true", features=grid)
+    assert say("true", features=grid, features_mirror=grid) is None
 
 
 def faults(project, **edits):

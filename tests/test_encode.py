@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,22 @@ def test_a_files_features_reach_their_images(project, tmp_path):
     assert [value >= 100 for value in held] == (bank["label"] == 1).tolist()
     first = conditions(folder, limit=4)
     assert torch.equal(first["features"], bank["features"][:4]) and len(first["label"]) == 4
+
+
+def test_a_files_mirror_images_reach_theirs(project, tmp_path):
+    names = keys(project[0])
+    grid = np.random.default_rng(0).random((len(names), 4, 3), np.float32).astype(np.float16)
+    grid[:, 0, 0] = [of(name) for name in names]
+    mirror = grid.reshape(-1, 2, 2, 3)[:, :, ::-1].reshape(-1, 4, 3)
+    np.savez(tmp_path / "f.npz", keys=np.array(names), features=grid, features_mirror=mirror)
+    data = LatentDataset(run(project, str(tmp_path / "f.npz")), 0, 6)
+    batch = data.batch(0)
+    assert torch.equal(batch["features_mirror"].view(6, 2, 2, 3), batch["features"].view(6, 2, 2, 3).flip(2))
+    picked = pick_features(batch, torch.tensor([True, False] * 3))
+    assert torch.equal(picked[::2], batch["features_mirror"][::2].float())
+    paths, config = project
+    encode(replace(config, mirror=False), EncodeConfig(features=str(tmp_path / "f.npz")), RUN, paths=paths)
+    assert "features_mirror" not in LatentDataset(paths.artifacts / "encode", 0, 6).batch(0)
 
 
 def test_images_without_features_are_counted_before_any_work(project, tmp_path, monkeypatch):

@@ -122,6 +122,7 @@ def test_torch_fidelity_finds_the_extractor_and_agrees(tmp_path, classifier):
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(others), input2=Images(images), feature_extractor="bars_classifier", cuda=False, verbose=False,
         fid=True, isc=True, kid=True, prc=True, kid_subset_size=50, kid_subsets=10, isc_splits=10, rng_seed=2020, cache=False,
+        save_cpu_ram=True,  # no worker processes: they die where the tests themselves run in several
     )  # fmt: skip
     for name, key in {
         "fid_bars_classifier_120": "frechet_inception_distance",

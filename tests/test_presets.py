@@ -59,6 +59,62 @@ def test_there_and_back_again_changes_no_value_and_no_comment(params):
     assert params.read_text().count("#") == before.count("#")
 
 
+HEADED = "preset: a\none:\n  x: 1  # of x\n\n# The second.\ntwo:\n  y: 2\n\n# The third.\nthree:\n  - 1\n  - 2\n\n# The end.\n"
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        (  # added keys stand before the next heading
+            "one: {x: 1, new: {k: 5}}\ntwo: {y: 2, z: [{n: 1}]}\nthree: [1, 2, 3]\n",
+            "one:\n  x: 1  # of x\n  new:\n    k: 5\n\n# The second.\ntwo:\n  y: 2\n  z:\n    - {n: 1}\n\n# The third.\n"
+            "three:\n  - 1\n  - 2\n  - 3\n\n# The end.\n",
+        ),
+        (  # the last key of a section is gone, or another
+            "one: {new: 5}\ntwo: {z: [1, 2]}\nthree: 3\n",
+            "one:\n  new: 5\n\n# The second.\ntwo:\n  z: [1, 2]\n\n# The third.\nthree: 3\n\n# The end.\n",
+        ),
+        (  # a section is gone, another is added
+            "one: {x: 1}\nthree: [1]\nfour: {x: 1}\n",
+            "one:\n  x: 1  # of x\n\n# The second.\n\n# The third.\nthree:\n  - 1\nfour:\n  x: 1\n\n# The end.\n",
+        ),
+    ],
+)
+def test_a_sections_heading_stays_where_it_stood(tmp_path, preset, expected):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "a.yaml").write_text(preset)
+    (tmp_path / "params.yaml").write_text(HEADED)
+    apply("a", tmp_path / "params.yaml")
+    assert (tmp_path / "params.yaml").read_text() == "preset: a\n" + expected
+    assert read_params(tmp_path / "params.yaml") == resolve("a", tmp_path / "presets")
+
+
+def test_an_unknown_last_key_goes_and_the_next_heading_stays(params):
+    before = params.read_text()
+    params.write_text(before.replace("max_bad_fraction: 0.01 ", "wrong: 1 # of it\n  max_bad_fraction: 0.01 "))
+    params.write_text(re.sub(r"(  max_bad_fraction: .*\n)", r"\1  unknown: 3  # of it\n", params.read_text()))
+    change = apply("digits", params)
+    assert params.read_text() == before and "-  unknown: 3" in change and "-  wrong: 1" in change
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "---\n# nothing yet\n"])
+def test_a_file_without_settings_is_as_none(params, text):
+    params.write_text(text)
+    assert "+preset: smoke" in apply("smoke", params) and read_params(params) == resolve("smoke", ROOT / "presets")
+
+
+@pytest.mark.parametrize("name", names(ROOT / "presets"))
+def test_any_preset_and_back_keeps_every_comment_in_its_place(params, name):
+    def comments():
+        return [line.partition("#")[2].strip() for line in params.read_text().splitlines() if "#" in line]
+
+    before = comments()
+    apply(name, params)
+    assert comments() == before and read_params(params) == resolve(name, ROOT / "presets")
+    apply("digits", params)
+    assert comments() == before and read_params(params) == resolve("digits", ROOT / "presets")
+
+
 def test_an_overlay_of_the_callers_goes_on_top(params):
     change = apply("smoke", params, overlay={"train": {"max_steps": 3, "betas": [0.9, 0.95]}, "data": {"name": "mine"}})
     assert "+  name: mine" in change and read_params(params)["train"]["max_steps"] == 3

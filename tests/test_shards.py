@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,12 @@ def test_too_much_of_it_stops_the_stage_and_touches_nothing(project):
         shard(project.data, paths=project.paths)
     assert "cat/003.png" not in str(e.value) and "\n" not in str(e.value)
     assert project.files() == before
+    file = project.paths.scratch / "quarantine.json"
+    assert f"all of them are in {file})" in str(e.value)
+    assert [bad["key"] for bad in json.loads(file.read_text())] == [f"cat/00{n}.png" for n in range(4)]
+    project.data = replace(project.data, max_bad_fraction=0.1)
+    project.run()
+    assert not file.exists(), "what was repaired or accepted is not told of again"
 
 
 def test_a_file_that_the_scan_could_not_read_is_quarantined(project):

@@ -1,6 +1,7 @@
 """`dit init`: which preset for which images and machine, and what becomes of params.yaml."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -110,7 +111,69 @@ def test_what_a_person_edited_is_kept_and_the_difference_shown(project, tmp_path
     (kept,) = project.scratch.glob("params-*.yaml")
     assert kept.read_text() == edited and any(kept.name in line for line in told) and "-preset: digits" in told
     again = init(folder, project)
-    assert "params.yaml holds these settings already" in again and len(list(project.scratch.iterdir())) == 1
+    assert "params.yaml holds these settings already" in again and len(list(project.scratch.glob("*.yaml"))) == 1
+    init(images(tmp_path / "others"), project)  # what init itself wrote is nobody's edit
+    assert read_params(project.params)["data"]["name"] == "others" and len(list(project.scratch.glob("*.yaml"))) == 1
+    project.params.write_text(project.params.read_text().replace("seed: 0", "seed: 5"))
+    assert any("kept as" in line for line in init(folder, project))
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n"])
+def test_a_file_without_settings_is_as_none(project, tmp_path, text):
+    project.params.write_text(text)
+    assert "params.yaml is written" in init(images(tmp_path / "pets"), project)
+    assert read_params(project.params)["data"]["name"] == "pets" and not list(project.scratch.glob("*.yaml"))
+
+
+def test_a_folder_called_digits_is_a_folder_and_has_names_of_its_own(project, tmp_path, monkeypatch):
+    images(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert "24 images" in init("digits", project)[0]
+    params = read_params(project.params)
+    assert params["data"]["source"] == str(tmp_path / "digits") and params["data"]["num_classes"] == 2
+    assert (params["data"]["name"], params["register"]["model_name"]) == ("digits_images", "dit-digits-images")
+    with pytest.raises(ValueError, match="the embedded digits have it"):
+        init("digits", project, name="digits")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="'./digits' is not there .*`dit preset digits`"):
+        init("digits", project)
+
+
+def test_too_many_unreadable_images_are_told_with_what_to_do(project, tmp_path):
+    folder = images(tmp_path / "pets")
+    (tmp_path / "pets" / "cats" / "3.png").write_bytes(b"torn")
+    told = init(folder, project)
+    (line,) = [line for line in told if "images cannot be read" in line]
+    assert "1 of 24" in line and "refuses more than 1% ('cats/3.png'" in line and "raise data.max_bad_fraction" in line
+    assert (
+        told[-1].startswith("Next: repair or remove")
+        and read_params(project.params)["data"]["max_bad_fraction"] == 0.01
+    )
+
+
+def test_a_class_that_nothing_is_left_of_is_refused(project, tmp_path):
+    folder, before = (
+        images(tmp_path / "pets", [f"c{i}" * (i + 1) for i in range(20)], count=1),
+        project.params.read_text(),
+    )
+    with pytest.raises(ValueError, match="of 20 classes .* no readable image left to train on") as caught:
+        init(folder, project)
+    assert "\n" not in str(caught.value) and project.params.read_text() == before
+
+
+def test_a_short_preset_takes_the_time_of_its_processes_too(tmp_path):
+    pictures, settings = found(), resolve("smoke", ROOT / "presets")
+    (line,) = [line for line in expectations(pictures, CPU, None, settings) if line.startswith("time: ")]
+    seconds = re.search(r"(?:(\d+)m)?(\d+)s? for everything", line)
+    assert 46 <= 60 * int(seconds[1] or 0) + int(seconds[2]) <= 90
+
+
+def test_a_preset_without_training_says_so(tmp_path):
+    told = expectations(found(), H100, weights(tmp_path), resolve("xl2-published", ROOT / "presets"))
+    assert told[0].startswith("nothing is trained") and not any(
+        "learn from" in line or "passes" in line for line in told
+    )
 
 
 def test_a_flat_folder_is_trained_without_classes(project, tmp_path):

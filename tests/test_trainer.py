@@ -86,6 +86,15 @@ def embedding_network():
     return DiT(config, input_size=4, in_channels=2, num_classes=3, condition_shape=(4, 6))
 
 
+def test_a_grid_without_its_mirror_is_refused_where_tokens_are_aligned_with_it(featured, tmp_path):
+    tensors = load_tensors(featured / "a.safetensors")
+    del tensors["features_mirror"]
+    save_tensors(tmp_path / "a.safetensors", tensors)
+    (tmp_path / "index.json").write_text((featured / "index.json").read_text())
+    with pytest.raises(ValueError, match="encode.features: the file has no features_mirror for mirror images"):
+        train(tmp_path, settings(), ALIGNED)
+
+
 @pytest.mark.parametrize("stop", [2, 4, 5, 7])
 def test_alignment_embeddings_and_power_averages_resume_bit_for_bit(featured, stop):
     config = settings(power_ema=(0.05, 0.1), weight_decay=0.1, grad_clip=1.0)

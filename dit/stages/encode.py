@@ -87,8 +87,8 @@ def moments(
         if features:
             theirs = keys[done : done + len(images)]
             found["features"] = features.of(theirs, images)
-            if mirror and features.sees_pixels:
-                found["features_mirror"] = features.of(theirs, images[:, :, ::-1])
+            if mirror and features.of_mirror:
+                found["features_mirror"] = features.of_mirror(theirs, images)
         for key, value in found.items():
             parts.setdefault(key, []).append(value.half())
         parts.setdefault("label", []).append(torch.from_numpy(labels))

@@ -19,11 +19,12 @@ def shard(data: DataConfig, *, paths: Paths) -> None:
     with reuse.opened(paths, "shard") as index, publish(paths.artifacts / "shard", paths.scratch) as folder:
         made, built = make_shards(folder, blocks, data, index)
         quarantine = [bad for earlier in made.values() for bad in earlier["note"]]
-        refuse_many(quarantine, len(listing.rows), data)
+        quarantine.sort(key=lambda bad: bad["key"])
+        refuse_many(quarantine, len(listing.rows), data, paths.scratch / "quarantine.json")
         shards = [_manifest_entry(block, made[block.file], data) for block in blocks if "sha256" in made[block.file]]
         manifest = build_manifest(listing, data, shards)
         write_json(folder / "manifest.json", manifest)
-        write_json(folder / "quarantine.json", sorted(quarantine, key=lambda bad: bad["key"]))
+        write_json(folder / "quarantine.json", quarantine)
     train, heldout = (sum(shard["samples"] for shard in shards if shard["split"] == split) for split in SPLITS)
     print(
         f"{train} images to train on, {heldout} held out, {len(quarantine)} in quarantine; "
@@ -54,13 +55,16 @@ def make_shards(
     return made, len(missing)
 
 
-def refuse_many(quarantine: list[dict[str, str]], total: int, data: DataConfig) -> None:
-    """Raise ValueError if more than max_bad_fraction of all images could not be read."""
+def refuse_many(quarantine: list[dict[str, str]], total: int, data: DataConfig, file: Path) -> None:
+    """Raise ValueError if more than max_bad_fraction of all images could not be read; then `file` lists them all."""
+    file.unlink(missing_ok=True)
     if len(quarantine) > data.max_bad_fraction * total:
+        write_json(file, quarantine)
         first = "; ".join(f"{bad['key']!r}: {bad['reason']}" for bad in quarantine[:3])
         raise ValueError(
             f"data.max_bad_fraction: {len(quarantine)} of {total} images can't be read, more than "
-            f"{data.max_bad_fraction} of all ({first}{'; ...' * bool(quarantine[3:])}): repair them, or raise the limit"
+            f"{data.max_bad_fraction} of all ({first}{'; ...' * bool(quarantine[3:])}; all of them are in {file}): "
+            "repair them, or raise the limit"
         )
 
 
