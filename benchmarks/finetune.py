@@ -74,7 +74,7 @@ class Half:
         told |= {"latents": {key: index[key] for key in ("digest", "autoencoder")} | index["normalization"]}
         told |= {"classes": [index["classes"][i] for i in self.classes], "image_size": index["image_size"]}
         if initial:
-            for sentence in adopt(network, *initial):
+            for sentence in adopt(network, *initial, told["classes"]):
                 print(sentence)
         config = replace(config, max_steps=steps[-1], lr=lr, lr_schedule="constant", snapshot_every_steps=0)
         data = half(LatentDataset(self.paths.artifacts / "encode", config.seed, config.global_batch_size), self.classes)

@@ -103,9 +103,14 @@ def studies() -> dict[str, list[tuple[Trial, list[Setting]]]]:
         "velocity direction": {"objective": transport(direction_weight=1.0)},
         "velocity direction, weight 0.2": {"objective": transport(direction_weight=0.2)},
         "all but direction and alignment": {"model": MODERN, "objective": transport(times="logit_normal")},
-        "alignment": {"objective": {"name": "transport", "alignment": {"weight": 0.5, "block": 2}}},
+        "alignment": {
+            "objective": {"name": "transport", "alignment": {"weight": 0.5, "block": 2, "projector_size": 256}}
+        },
         "alignment, first half": {
-            "objective": {"name": "transport", "alignment": {"weight": 0.5, "block": 2, "stop_step": 600}}
+            "objective": {
+                "name": "transport",
+                "alignment": {"weight": 0.5, "block": 2, "projector_size": 256, "stop_step": 600},
+            }
         },
         "all but alignment": {
             "model": MODERN,
