@@ -29,7 +29,7 @@ from dit.grids import overview
 from dit.latents import LatentDataset, read_index
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
-from dit.paths import Paths
+from dit.paths import Paths, publish
 from dit.runtime import RunConfig
 from dit.trainer import TrainConfig, fit
 
@@ -121,11 +121,11 @@ def main() -> None:
     count = len(read_index(paths.artifacts / "encode")["classes"])
     first, second = Half(paths, list(range(0, count, 2))), Half(paths, list(range(1, count, 2)))
     options.output.mkdir(parents=True, exist_ok=True)
-    began = options.output / "first"
+    began = options.output / f"first-{options.first_steps}-{options.lr:g}-{first.index['digest'][:8]}"
     if not began.exists():
         (learned,) = first.train([options.first_steps], options.lr).values()
-        began.mkdir()
-        save_checkpoint(began, learned.model.state_dict(), learned.config)
+        with publish(began, paths.scratch) as folder:
+            save_checkpoint(folder, learned.model.state_dict(), learned.config)
     initial = load_tensors(began / "model.safetensors"), json.loads((began / "config.json").read_text())
     floor = second.reference(options.output / "reference")
     autoencoder = Autoencoder.load(paths.artifacts / "vae")

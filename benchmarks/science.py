@@ -2,7 +2,7 @@
 
     make repro                                                    # once: latents, autoencoder, reference of the digits
     .venv/bin/python benchmarks/science.py                        # over an hour of one core; stopped, it goes on
-    .venv/bin/python benchmarks/science.py --study designs sizes  # some studies; several processes may share the work
+    .venv/bin/python benchmarks/science.py --study designs sizes  # some studies; other processes may take others
     .venv/bin/python benchmarks/science_report.py                 # docs/science.md and its plots, from the rows so far
 
 Each training is a `Trial`, each line of a table a trial drawn with a setting. Rows are kept in docs/science/rows.jsonl,

@@ -123,6 +123,7 @@ def require_initial(sections: dict[str, Any], root: Path, factor: int | None) ->
         sections["objective"],
         input_size=data.image_size // factor if factor else None,
         in_channels=vae.latent_channels if vae.pretrained is None else None,
+        num_classes=data.num_classes,
         trained=train.max_steps > 0,
     )
 

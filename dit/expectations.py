@@ -17,10 +17,9 @@ from dit.survey import Survey
 FEW = 10_000  # images, below which a large network learns more from weights that have seen others
 GIB = 2**30
 REST = 1.6  # time of the whole pipeline over that of training, where the autoencoder is fitted here (own-64's)
-STARTS = (
-    45  # seconds that the stages' processes and their imports take in all, whatever the work (measured on two cores)
-)
-CPU_SHARE = 0.65  # of a processor's matrix products, in training (measured)
+# Seconds that the stages' processes and their imports take in all, whatever the work: preset smoke on two cores.
+STARTS = 45
+CPU_SHARE = 0.65  # of a processor's matrix products, in training: preset own-64 on two cores
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ def look() -> Machine:
         started = time.monotonic()
         a @ a
         best = min(best, time.monotonic() - started)
+    if device.type != "cpu":  # its own speed is not known
+        return Machine(device.type, device.type, memory, None)
     return Machine(device.type, f"one of {os.cpu_count()} CPU threads", memory, 2 * 256**3 / best)
 
 
@@ -125,13 +126,14 @@ def licences(weights: Weights | None, settings: dict[str, Any], preset: str) -> 
     if settings["vae"]["pretrained"] == "stabilityai/sd-vae-ft-ema":
         lines.append("rights: the autoencoder stabilityai/sd-vae-ft-ema is under MIT; it is fetched once, 335 MB")
     if source := settings["train"].get("init_from"):
-        told = weights.config.get("license") if weights and weights.folder == source else None
-        if told is None:
+        if weights is None or weights.folder != source:
             lines.append(
                 f"weights: {source} is not there yet: `dit import` brings them (the published ones are CC-BY-NC-4.0)"
             )
-        else:
+        elif told := weights.config.get("license"):
             lines.append(f"rights: the weights in {source} are under {told}, and so is every model trained from them")
+        else:
+            lines.append(f"rights: the weights in {source} descend from nobody else's")
     elif preset == "own-256" and settings["data"]["held_out_fraction"] > 0.05:
         lines.append("with imported weights (`dit import`), --preset finetune-256 learns more from so few images")
     return lines

@@ -34,6 +34,7 @@ def require_fit(
     *,
     input_size: int | None,
     in_channels: int | None,
+    num_classes: int | None = None,
     trained: bool,
 ) -> None:
     """Raise ValueError where a folder's weights cannot begin this training, as far as it shows without their numbers
@@ -48,6 +49,12 @@ def require_fit(
     if not trained:
         _require_same_objective(config, objective)
     theirs, embedded = config.get("model") or {}, tensors.get("x_embedder.proj.weight")
+    known = theirs.get("num_classes")
+    if not trained and model.condition == "classes" and None not in (known, num_classes) and known != num_classes:
+        raise ValueError(
+            f"train.max_steps: 0 trains nothing, and the weights have {known} classes, not {num_classes}: "
+            "give data.source and data.num_classes those, or let it train"
+        )
     patch = model.resolved().patch_size
     side = input_size or theirs.get("input_size") or patch
     channels = in_channels or (embedded.shape[1] if embedded is not None and embedded.dim() == 4 else 1)

@@ -4,7 +4,6 @@ The rules are few and plain, so that a person can see why, and every one of thei
 changed there.
 """
 
-import json
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,18 +23,29 @@ def imported(root: Path, image_size: int) -> Weights | None:
     """The weights in weights/ that were trained for images of this size; the first by name where there are more."""
     for file in sorted((root / "weights").glob("*/config.json")):
         try:
-            config = json.loads(file.read_text())
-            if config["image_size"] == image_size and (file.parent / "model.safetensors").is_file():
-                return Weights(file.parent.relative_to(root).as_posix(), config)
-        except (ValueError, KeyError, TypeError):
+            weights = weights_in(root, file.parent.relative_to(root).as_posix())
+            if weights and weights.config["image_size"] == image_size:
+                return weights
+        except (KeyError, TypeError):
             continue
     return None
+
+
+def weights_in(root: Path, folder: str) -> Weights | None:
+    """The weights in a checkpoint's folder, below `root`; none where there are none, or their config.json is not sound."""
+    from dit.initial import open_config
+
+    try:
+        config = open_config(folder, root / Path(folder).expanduser())
+    except ValueError:
+        return None
+    return Weights(folder, config) if config.get("model") and config.get("objective") else None
 
 
 def choose(found: Survey, machine: Machine, weights: Weights | None) -> tuple[str, str]:
     """A preset's name, and why."""
     if machine.device != "cuda":
-        return "own-64", "there is no CUDA device, and 256 pixels are days of work for a CPU"
+        return "own-64", "there is no CUDA device, and 256 pixels are days of work without"
     if machine.memory_bytes < 10 * GIB:
         return "own-64", f"{machine.name} has {machine.memory_bytes / GIB:.0f} GiB, and 256 pixels need 10"
     if found.sides[1] < 192:
@@ -125,6 +135,8 @@ def init(
     changed = overlay(found, machine, weights, base, name or name_of(folder), mirror)
     changed["run"] = {"device_batch_size": device_batch_size(machine, presets.merged(base, changed))}
     settings = presets.merged(base, changed)
+    if source := settings["train"].get("init_from"):
+        weights = weights_in(paths.root, source)
     try:
         data = DataConfig(**settings["data"])
     except ValueError as error:

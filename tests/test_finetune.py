@@ -349,6 +349,7 @@ def test_whether_a_folder_fits_is_known_without_reading_its_numbers(tmp_path, in
         (deep, transport, {}, "the weights have no blocks.2"),
         (small, transport, {"in_channels": 3}, "final_layer.linear.bias is 8 in the weights, 12 here"),
         (small, transport, {"trained": False}, "the weights learned diffusion, not transport"),
+        (small, diffusion, {"trained": False, "num_classes": 99}, "the weights have [0-9]+ classes, not 99"),
     ):
         with pytest.raises(ValueError, match=message):
             require_fit(".", tmp_path, model, objective, **here | change)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dit import start
 from dit.check import conflicts, stage_functions
+from dit.checkpoint import FORMAT
 from dit.config import check_sections, read_params
 from dit.expectations import GIB, Machine, expectations, look
 from dit.model import ModelConfig
@@ -54,7 +55,13 @@ def weights(root, **config):
     (root / "weights" / "x").mkdir(parents=True)
     (root / "weights" / "x" / "model.safetensors").touch()
     network = asdict(ModelConfig("DiT-XL/2").resolved()) | {"input_size": 32, "in_channels": 4, "num_classes": 1000}
-    told = {"image_size": 256, "license": "CC-BY-NC-4.0", "model": network, "objective": {"name": "diffusion"}}
+    told = {
+        "format": FORMAT,
+        "image_size": 256,
+        "license": "CC-BY-NC-4.0",
+        "model": network,
+        "objective": {"name": "diffusion"},
+    }
     told |= config
     (root / "weights" / "x" / "config.json").write_text(json.dumps(told))
     return imported(root, 256)
