@@ -18,6 +18,9 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 SMALL_TIME = 1e-3  # how far from t = 0 and t = 1 a formula that divides by alpha_t or sigma_t is kept
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP path
+# A vector shorter than this has no direction yet. The network begins by predicting 0, where the gradient of a cosine has
+# no bound: Adam's second moment would remember the first steps for thousands.
+SMALL_NORM = 0.1
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def training_loss(
     if config.prediction == "velocity":
         loss = (output - target).square().mean(dim=(1, 2, 3))
         if config.direction_weight:
-            loss = loss + config.direction_weight * (1 - F.cosine_similarity(output, target, dim=1)).mean(dim=(1, 2))
+            cosine = F.cosine_similarity(output, target, dim=1, eps=SMALL_NORM)
+            loss = loss + config.direction_weight * (1 - cosine).mean(dim=(1, 2))
         return loss
     sigma_t = at(config.path, t, x)[1]
     error = output - noise if config.prediction == "noise" else sigma_t * output + noise

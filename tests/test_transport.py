@@ -184,8 +184,17 @@ def test_times_stay_in_the_training_interval(path, prediction, law):
     assert x_t.isfinite().all() and loss.isfinite().all()
 
 
+def test_a_network_that_predicts_0_gets_a_bounded_gradient_of_the_direction():
+    x, noise, output = torch.randn(3, 2, 4, 4, 4).unbind(0)
+    output = torch.zeros_like(output, requires_grad=True)
+    config = TransportConfig(direction_weight=1.0)
+    training_loss(lambda x, t, y: output, x, None, torch.full((2,), 0.5), noise, config).sum().backward()
+    per_position = output.grad.norm(dim=1) * 16  # the loss is a mean over 4 x 4 positions
+    assert 0 < per_position.max() < 1 / 0.1 + 2 * 10
+
+
 def test_the_direction_term_is_the_cosine_along_channels():
-    x, noise, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.rand(3)
+    x, noise, t = torch.randn(3, 4, 2, 2).sign(), torch.randn(3, 4, 2, 2) + 3, torch.rand(3)
     target = interpolate(x, noise, t)[1]
     both, plain = TransportConfig(direction_weight=0.5), TransportConfig()
 
@@ -194,7 +203,7 @@ def test_the_direction_term_is_the_cosine_along_channels():
             lambda *_: output, x, None, t, noise, plain
         )
 
-    positions = torch.rand(3, 1, 2, 2) + 0.1
+    positions = torch.rand(3, 1, 2, 2) + 1  # long enough to have a direction (SMALL_NORM)
     torch.testing.assert_close(term(positions * target), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(term(-positions * target), torch.ones(3), atol=1e-5, rtol=0)
     turned = target[:, [1, 0, 3, 2]] * torch.tensor([1.0, -1.0, 1.0, -1.0]).view(1, 4, 1, 1)  # at a right angle
