@@ -101,7 +101,6 @@ def studies() -> dict[str, list[tuple[Trial, list[Setting]]]]:
         "QK-norm": {"model": {"qk_norm": True}},
         "logit-normal times": {"objective": transport(times="logit_normal")},
         "velocity direction": {"objective": transport(direction_weight=1.0)},
-        "velocity direction, weight 0.2": {"objective": transport(direction_weight=0.2)},
         "all but direction and alignment": {"model": MODERN, "objective": transport(times="logit_normal")},
         "alignment": {
             "objective": {"name": "transport", "alignment": {"weight": 0.5, "block": 2, "projector_size": 256}}
