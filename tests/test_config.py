@@ -273,6 +273,10 @@ def test_a_folder_to_begin_with_is_looked_at_before_any_work(project):
     begin |= {"model__hidden_size": 32, "model__depth": 2, "model__num_heads": 2}
     assert faults(project, **begin) is None
     passing = {"train__max_steps": 0, "train__class_dropout_prob": 0}
+    assert "the weights have 3 classes, not 10" in faults(project, **begin, **passing)
+    network = DiT(small, input_size=8, in_channels=4, num_classes=10)
+    config["model"] = network_config(network)
+    save_checkpoint(folder, network.state_dict(), config)
     assert faults(project, **begin, **passing) is None, "there is nothing to train the null label with"
     save_checkpoint(folder, network.state_dict(), config | {"objective": {"name": "diffusion"}})
     assert faults(project, **begin) is None
