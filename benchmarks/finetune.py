@@ -90,17 +90,18 @@ class Half:
 
     def reference(self, folder: Path) -> dict[str, Any]:
         """The evaluator of this half, and the floor: its real held-out images."""
-        from dit.features import ReferenceConfig
-        from dit.metrics import EvaluateConfig, score
-        from dit.stages.reference import batches, write_reference
+        from dit.classifier import ReferenceConfig
+        from dit.evaluation import EvaluateConfig, score
+        from dit.imagesets import from_array
+        from dit.stages.reference import write_reference
 
         folder.mkdir(parents=True, exist_ok=True)
         shards = self.paths.artifacts / "shard"
         images, labels = half_of_images(shards, "train", self.classes)
         heldout = half_of_images(shards, "heldout", self.classes)
         told = {"extractor": "half_classifier", "data": self.index["digest"], "num_classes": len(self.classes)}
-        write_reference(folder, images, labels, *heldout, batches(images), told, ReferenceConfig())
-        return score(*heldout, folder, EvaluateConfig())
+        write_reference(folder, from_array(images, labels), from_array(*heldout), told, ReferenceConfig())
+        return score(from_array(*heldout), folder, EvaluateConfig())
 
 
 def main() -> None:
@@ -114,7 +115,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("scratch/finetune"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    from dit.metrics import EvaluateConfig, score
+    from dit.evaluation import EvaluateConfig, score
+    from dit.imagesets import from_array
     from dit.vae import Autoencoder
 
     paths = Paths()
@@ -135,7 +137,7 @@ def main() -> None:
         start = time.monotonic()
         for step, checkpoint in second.train(options.steps, options.lr, weights).items():
             images, labels = generate_blocks(checkpoint, autoencoder, SETTING, config)
-            metrics = score(images, labels, options.output / "reference", EvaluateConfig())
+            metrics = score(from_array(images, labels), options.output / "reference", EvaluateConfig())
             rows.append({"weights": name, "step": step, "metrics": metrics})
             Image.fromarray(overview(images, labels)).save(options.output / f"{name}-{step}.png")
         print(f"{name}: {time.monotonic() - start:.0f} s")

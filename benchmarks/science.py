@@ -192,7 +192,7 @@ def train(trial: Trial, paths: Paths, device: torch.device) -> Checkpoint:
 
 def image_features(paths: Paths) -> torch.Tensor:
     """What alignment aims at: a 4x4 grid of features (n, 16, 64) of a classifier that learned rotations, no labels."""
-    from dit.features import ReferenceConfig, fit_classifier, to_channels_first
+    from dit.classifier import ReferenceConfig, fit_classifier, to_channels_first
     from dit.shards import load_split
 
     images, labels = load_split(paths.artifacts / "shard", "train")
@@ -204,7 +204,8 @@ def image_features(paths: Paths) -> torch.Tensor:
 
 def row_of(study: str, trial: Trial, setting: Setting, paths: Paths, device: torch.device) -> dict[str, Any]:
     """Train (or load), draw, score: one line of a table."""
-    from dit.metrics import EvaluateConfig, score
+    from dit.evaluation import EvaluateConfig, score
+    from dit.imagesets import from_array
     from dit.vae import Autoencoder
 
     checkpoint = train(trial, paths, device)
@@ -213,7 +214,7 @@ def row_of(study: str, trial: Trial, setting: Setting, paths: Paths, device: tor
     config = SampleConfig(NUM_IMAGES, 0, "balanced", 100, (setting,))
     began = time.monotonic()
     images, labels = generate_blocks(checkpoint, Autoencoder.load(paths.artifacts / "vae", device), setting, config)
-    metrics = score(images, labels, paths.artifacts / "reference", EvaluateConfig())
+    metrics = score(from_array(images, labels), paths.artifacts / "reference", EvaluateConfig())
     forward = macs(network.config, input_size=network.input_size, in_channels=network.in_channels)
     calls = calls[0] / (NUM_IMAGES / config.block_images)  # counted: dopri5 chooses its own steps
     assert setting.num_steps is None or calls == evaluations(setting), (calls, setting)

@@ -48,7 +48,7 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     name and that are not there, or are of no use."""
     from dit.alignment import require_alignment
     from dit.embeddings import read_header, require_source
-    from dit.metrics import metric_names
+    from dit.evaluation import metric_names
     from dit.objective import require_objective
     from dit.setting import require_sampler
 
@@ -101,7 +101,8 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
         yield "ema.sigma_rel: training keeps no power-function averages: set train.power_ema, say to [0.05, 0.1]"
     if sections["reference"].max_shift_pixels >= data.image_size // 2:
         yield f"reference.max_shift_pixels: must be below half of data.image_size, got {sections['reference'].max_shift_pixels}"
-    metrics = metric_names(bool(data.num_classes), conditional=model.condition != "none")
+    extractor = sections["reference"].extractor
+    metrics = metric_names(bool(data.num_classes), extractor=extractor, conditional=model.condition != "none")
     begins = {metric.partition("_")[0] for metric in metrics}  # a full name has the extractor and the count in it
     full = "_" in register.metric and register.metric.partition("_")[0] in begins
     if register.metric not in metrics and not full:

@@ -6,14 +6,17 @@ sampling. Where a model was scored on others, it draws again and is scored again
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dit.config import digest
-from dit.generation import generate_blocks
-from dit.metrics import EvaluateConfig, lower_is_better, score
+from dit.drawing import draw
+from dit.evaluation import EvaluateConfig, score
+from dit.imagesets import open_images
+from dit.metrics import lower_is_better
 from dit.paths import file_sha256
 from dit.progress import Progress
 from dit.setting import SAMPLERS, SampleConfig, Setting, terms_of
@@ -55,7 +58,7 @@ def read_candidate(
     row = told["settings"][setting]
     name = find_metric(metric, list(row), told["extractor"])
     terms = {key: told[key] for key in ("extractor", "reference", "num_images")}
-    terms |= {"metric": name, "labels": sample.labels, "seed": sample.seed, "evaluate": asdict(evaluate)}
+    terms |= {"metric": name, "labels": sample.labels, "seed": sample.seed, "evaluate": evaluate.terms}
     terms["setting"] = terms_of(known[setting])
     files = [f for part in ("ema", "vae") for f in sorted((artifacts / part).rglob("*")) if f.is_file()]
     content = [[str(f.relative_to(artifacts)), file_sha256(f)] for f in [*files, file]]
@@ -102,8 +105,21 @@ def rescore(
     """Another model's figure on the candidate's terms, and the setting that it drew with.
 
     That is the candidate's, unless its sampler does not fit the other's objective: then it is `own`, the setting that
-    the other was scored with before. Raises Incomparable where it draws other things, or cannot be read by this code.
+    the other was scored with before. Its pictures lie in a folder beside `ema` while they are scored. Raises
+    Incomparable where it draws other things, or cannot be read by this code.
     """
+    with tempfile.TemporaryDirectory(prefix="drawn-", dir=ema.parent) as folder:
+        setting = redraw(ema, vae, own, candidate, sample, device, Path(folder) / "samples.npz")
+        figures = score(open_images(Path(folder) / "samples.npz"), reference, evaluate, device)
+    if candidate.metric not in figures:
+        raise Incomparable(f"it has no {candidate.metric}, since it knows no classes")
+    return figures[candidate.metric], setting
+
+
+def redraw(
+    ema: Path, vae: Path, own: Setting | None, candidate: Candidate, sample: SampleConfig, device: Any, file: Path
+) -> Setting:
+    """Draw the images of `rescore` into `file`, and return the setting they were drawn with. Raises Incomparable."""
     from dit.checkpoint import load_checkpoint
     from dit.vae import Autoencoder
 
@@ -115,10 +131,7 @@ def rescore(
         fits = candidate.setting.sampler in SAMPLERS[checkpoint.config["objective"]["name"]]
         setting = candidate.setting if fits or own is None else own
         progress = Progress("the champion draws", sample.num_images)
-        images, labels = generate_blocks(checkpoint, autoencoder, setting, sample, progress=progress)
+        draw(checkpoint, autoencoder, setting, sample, file, progress=progress)
     except ValueError as error:
         raise Incomparable(" ".join(str(error).split())) from error
-    figures = score(images, labels, reference, evaluate)
-    if candidate.metric not in figures:
-        raise Incomparable(f"it has no {candidate.metric}, since it knows no classes")
-    return figures[candidate.metric], setting
+    return setting

@@ -3,6 +3,9 @@
 A stage is run by DVC, by a flow, by a batch system or by hand. Each may be killed at any moment, so this page sees to
 it that one stage runs at a time, that no stage outlives the DVC that started it, and that whoever comes next can
 read in scratch/outcome/<stage>.json how it ended, since exit codes do not pass through DVC unchanged.
+
+Under torchrun the main process alone holds the lock, speaks and tells the outcome. torchrun ends all processes when one
+fails; that one leaves a note, so that the outcome says why.
 """
 
 import contextlib
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dit import config
+from dit.parallel import World, world
 from dit.paths import Paths, write_json
 
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: run the same command again
@@ -48,47 +52,100 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
         _deferred, _signalled = None, requested.is_set()
 
 
-def main(stage: Callable[..., None]) -> None:
-    """Run a stage as this process: load its sections, hold its lock, report how it ended, exit."""
-    code = run(stage, Paths())
+def main(stage: Callable[..., None], *, together: bool = False) -> None:
+    """Run a stage as this process: load its sections, hold its lock, report how it ended, exit.
+
+    `together`: whether several processes, started by torchrun, can do the stage as one.
+    """
+    code = run(stage, Paths(), together=together)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # all is written and closed: taking down a thousand modules one by one costs a second and more
 
 
-def run(stage: Callable[..., None], paths: Paths) -> int:
+def run(stage: Callable[..., None], paths: Paths, *, together: bool = False) -> int:
     """Run a stage and return its exit code: 0 completed, 1 failed, 2 refused (bad input), 75 interrupted."""
     started = time.monotonic()
-    name, code, message = stage.__name__, COMPLETED, ""
-    sys.stdout.reconfigure(line_buffering=True)
+    name, us = stage.__name__, world()
+    if us.main:
+        sys.stdout.reconfigure(line_buffering=True)
+    else:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115: as long as the process lives
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     try:
+        code, message = _attempt(stage, paths, us, together)
+    except Interrupted as error:  # also one that came while another error was being told
+        code, message = INTERRUPTED, f"{error or 'interrupted'}: the same command goes on where this one stopped"
+    outcome = paths.scratch / "outcome"
+    if us.main and code == INTERRUPTED:
+        code, message = _note_of_another(outcome, name) or (code, message)
+    told = {"stage": name, "status": _STATUS[code], "message": message, "exit_code": code}
+    with contextlib.suppress(OSError):  # a full disk must not hide what is being reported
+        if us.main:
+            if message:
+                print(f"{name}: {message}", file=sys.stderr, flush=True)
+            write_json(outcome / f"{name}.json", {**told, "seconds": round(time.monotonic() - started, 2)})
+            _forget_notes(outcome, name)
+        elif code in (FAILED, REFUSED):
+            write_json(outcome / f"{name}.process-{us.rank}.json", {**told, "launch": _launch()})
+    return code
+
+
+def _attempt(stage: Callable[..., None], paths: Paths, us: World, together: bool) -> tuple[int, str]:
+    """Run the stage; its exit code, and what to say of it."""
+    name = stage.__name__
+    try:
         _watch_dvc()
         _refuse_foreign_code()
+        if us.size > 1 and not together:
+            raise ValueError(f"{us.size} processes cannot share this stage: start it without torchrun")
         sections = config.load(stage, paths.params)
-        with stage_lock(name, paths):
+        with stage_lock(name, paths) if us.main else contextlib.nullcontext():
+            us.barrier()  # the others begin when the lock is held
             stage(**sections, paths=paths)
     except ValueError as error:
-        code, message = REFUSED, str(error)
-        if not _raised_by_us(error):  # not what a person did wrong, but a bug of ours
-            code, message = FAILED, f"{type(error).__name__}: {error}"
-            traceback.print_exc()
-    except Interrupted as error:
-        code, message = INTERRUPTED, f"{error or 'interrupted'}: the same command goes on where this one stopped"
+        if _raised_by_us(error):
+            return REFUSED, str(error)
+        traceback.print_exc()  # not what a person did wrong, but a bug of ours
+        return FAILED, f"{type(error).__name__}: {error}"
     except Exception as error:
-        full = _disk_full(error)
-        code, message = FAILED, full or f"{type(error).__name__}: {error}"
-        if not full:
-            traceback.print_exc()
-    if message:
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):  # a full disk must not hide what is being reported
-        outcome = {"stage": name, "status": _STATUS[code], "message": message, "exit_code": code}
-        write_json(
-            paths.scratch / "outcome" / f"{name}.json", {**outcome, "seconds": round(time.monotonic() - started, 2)}
-        )
-    return code
+        if full := _disk_full(error):
+            return FAILED, full
+        if us.size > 1 and _lost_another(error):
+            raise Interrupted("another process of this stage ended") from None
+        traceback.print_exc()
+        return FAILED, f"{type(error).__name__}: {error}"
+    return COMPLETED, ""
+
+
+def _launch() -> str:
+    """A name for the start of processes that this one belongs to."""
+    return "/".join(
+        os.environ.get(key, "")
+        for key in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    )
+
+
+def _note_of_another(outcome: Path, name: str) -> tuple[int, str] | None:
+    """Why another process of this start failed, which is why this one was interrupted."""
+    for file in sorted(outcome.glob(f"{name}.process-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            note = json.loads(file.read_text())
+            if note["launch"] == _launch():
+                return note["exit_code"], note["message"]
+    return None
+
+
+def _forget_notes(outcome: Path, name: str) -> None:
+    for file in outcome.glob(f"{name}.process-*.json"):
+        file.unlink(missing_ok=True)
+
+
+def _lost_another(error: BaseException) -> bool:
+    """Whether talking to the other processes failed: one of them is gone, and tells itself why."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.startswith("torch.distributed") for name in frames)
 
 
 @contextlib.contextmanager

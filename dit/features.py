@@ -1,180 +1,170 @@
-"""Feature spaces in which images are compared: a small classifier fitted on the data set itself.
+"""From images to what metrics need of them: features stream by, and their moments and a part of them stay.
 
-Two layers serve as features: `hidden` (the last hidden layer, which class proportions dominate) and `pooled` (the
-last convolution averaged over space). Where there are no labels the classifier learns which of four rotations it is
-shown instead. The extractor is registered with torch-fidelity under the name that metrics carry.
+Mean and covariance are gathered block by block in float64 and merged exactly (Chan, Golub and LeVeque 1979), so that
+memory does not grow with the number of images and several processes share the work.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit import torchvision_cpu
-from dit.checkpoint import load_tensors, save_tensors
-from dit.randomness import generator
+from dit.classifier import to_channels_first
+from dit.extractors import Extractor
+from dit.imagesets import ImageSet
+from dit.parallel import world
 
-LAYERS = ("hidden", "pooled", "logits")
-MAX_SIDE = 64  # larger images are averaged down to this side first
-BATCH = 256
-ROTATIONS = 4
+BLOCK = 256  # images; the last is shorter
 
 
-@dataclass(frozen=True)
-class ReferenceConfig:
-    """How the evaluator's two classifiers are fitted: one on training images, the judge on held-out ones."""
+@dataclass
+class Moments:
+    """What is known of features seen so far: their count, mean (D,) and scatter (D, D) about it, float64.
 
-    max_steps: int = 600
-    global_batch_size: int = 64
-    lr: float = 2e-3
-    max_shift_pixels: int = 2  # pixels, random at each look
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.global_batch_size < 1 or not self.lr > 0 or self.max_shift_pixels < 0:
-            raise ValueError("max_steps, global_batch_size and lr must be above 0, max_shift_pixels at least 0")
-
-
-class Classifier(nn.Module):
-    """uint8 images (N, 3, S, S) -> features by layer: hidden (N, 64), pooled (N, 64), logits (N, classes)."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        layers = []
-        for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(4, outputs), nn.ReLU()]
-        self.convolutions = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(0.2)
-        self.hidden = nn.Linear(64 * 4 * 4, 64)
-        self.logits = nn.Linear(64, num_classes)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = images.float() / 127.5 - 1
-        if x.shape[-1] > MAX_SIDE:
-            x = F.interpolate(x, size=(MAX_SIDE, MAX_SIDE), mode="area")
-        x = self.convolutions(x)
-        hidden = F.relu(self.hidden(self.dropout(F.adaptive_avg_pool2d(x, 4).flatten(1))))
-        return {"hidden": hidden, "pooled": x.mean(dim=(2, 3)), "logits": self.logits(hidden)}
-
-
-def fit_classifier(
-    images: np.ndarray, labels: np.ndarray, num_classes: int, config: ReferenceConfig, what: str
-) -> Classifier:
-    """Fit a classifier on uint8 images (N, S, S, 3); with num_classes 0, on their four rotations."""
-    draws = generator(config.seed, "classifier", what)
-    torch.manual_seed(int(torch.randint(2**31, (), generator=draws)))
-    classifier = Classifier(num_classes or ROTATIONS)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.max_steps, pct_start=0.1)
-    pixels, targets = to_channels_first(images), torch.from_numpy(labels)
-    for _ in range(config.max_steps):
-        picked = torch.randint(len(pixels), (config.global_batch_size,), generator=draws)
-        shown, wanted = pixels[picked], targets[picked]
-        if not num_classes:
-            wanted = torch.randint(ROTATIONS, (len(shown),), generator=draws)
-            shown = torch.stack([torch.rot90(x, int(k), (1, 2)) for x, k in zip(shown, wanted, strict=True)])
-        shift = torch.randint(-config.max_shift_pixels, config.max_shift_pixels + 1, (2,), generator=draws).tolist()
-        # Smoothed labels keep the logits, and with them the hidden layer, from growing without end: distances in it
-        # then say more about the images than about how long the classifier was fitted.
-        loss = F.cross_entropy(classifier(shifted(shown, *shift))["logits"], wanted, label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return classifier.eval().requires_grad_(False)
-
-
-def shifted(images: Tensor, down: int, right: int) -> Tensor:
-    """Images (N, C, H, W) moved by whole pixels; the border is repeated where they came from."""
-    margin = max(abs(down), abs(right))
-    padded = F.pad(images.float(), (margin,) * 4, mode="replicate") if margin else images
-    H, W = images.shape[2:]
-    return padded[:, :, margin - down : margin - down + H, margin - right : margin - right + W]
-
-
-def to_channels_first(images: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) -> uint8 (N, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def extract(
-    classifier: Callable[[Tensor], dict[str, Tensor]],
-    images: np.ndarray | Iterable[np.ndarray],
-    layers: Sequence[str] = LAYERS,
-) -> dict[str, Tensor]:
-    """Features of uint8 images (N, H, W, 3), or of batches of them, by layer: each (N, width) float64."""
-    whole = isinstance(images, np.ndarray)
-    batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH)) if whole else images
-    parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for batch in batches:
-        features = classifier(to_channels_first(batch))
-        for layer in layers:
-            parts[layer].append(features[layer])
-    return {layer: torch.cat(part).double() for layer, part in parts.items()}
-
-
-def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of images that the classifier reads as their label."""
-    read = extract(classifier, images)["logits"].argmax(dim=1).numpy()
-    return float((read == labels).mean())
-
-
-def save_classifier(path: Path, classifier: Classifier) -> None:
-    save_tensors(path, classifier.state_dict())
-
-
-def load_classifier(path: Path) -> Classifier:
-    """Raises ValueError where the file is missing or torn."""
-    tensors = load_tensors(path)
-    classifier = Classifier(len(tensors["logits.weight"]))
-    classifier.load_state_dict(tensors)
-    return classifier.eval().requires_grad_(False)
-
-
-def statistics(features: Tensor) -> dict[str, np.ndarray]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), float64."""
-    values = features.double().numpy()
-    return {"mu": values.mean(axis=0), "sigma": np.cov(values, rowvar=False)}
-
-
-def registered_extractor(name: str, weights: Path) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The classifier as torch-fidelity's feature extractor: uint8 (N, 3, S, S) -> features by layer.
-
-    It is in torch-fidelity's registry from then on, so that `calculate_metrics(feature_extractor=name)` finds it too.
+    scatter = sum of (x - mean) (x - mean)^T, of which the covariance is the (count - 1)-th part.
     """
-    torchvision_cpu.prepare()
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-    from torch_fidelity.utils import create_feature_extractor
 
-    class Extractor(FeatureExtractorBase):
-        def __init__(self, name: str, features_list: list[str], **_: Any):
-            super().__init__(name, features_list)
-            self.classifier = load_classifier(weights)
+    count: int
+    mean: Tensor
+    scatter: Tensor
 
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return LAYERS
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Of features (n, D), n at least 1."""
+        x = (features.cpu() if features.device.type == "mps" else features).double()  # Apple's has no float64
+        mean = x.mean(dim=0)
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred)
 
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return {"isc": "logits", "kid": "pooled"}.get(metric, "hidden")
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both together (Chan, Golub and LeVeque, eq. 2.1)."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} dimensions cannot be merged")
+        count = self.count + other.count
+        step = other.mean - self.mean
+        mean = self.mean + step * (other.count / count)
+        scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / count)
+        return Moments(count, mean, scatter)
 
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
+    def update(self, features: Tensor) -> "Moments":
+        """These, and features (n, D) that came later."""
+        return self.merge(Moments.of(features)) if len(features) else self
 
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            features = self.classifier(images)
-            return tuple(features[layer] for layer in self.features_list)
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased, (D, D). Raises ValueError for a single image."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}: take more")
+        return self.scatter / (self.count - 1)
 
-    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
-    register_feature_extractor(name, Extractor)
-    extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False)
-    return lambda images: extractor.convert_features_tuple_to_dict(extractor(images))
+    def cpu(self) -> "Moments":
+        return Moments(self.count, self.mean.cpu(), self.scatter.cpu())
+
+
+def merged(moments: Iterable[Moments]) -> Moments:
+    """All of them together; at least one."""
+    return reduce(Moments.merge, moments)
+
+
+@dataclass
+class Collected:
+    """What `collect` brings of `count` images.
+
+    `kept` are features (m, D) float32 by layer, in files; `indices` says by layer which images (m,) int64 those are of.
+    """
+
+    count: int
+    moments: dict[str, Moments]
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    indices: dict[str, Tensor] = field(default_factory=dict)
+
+
+def evenly(count: int, most: int | None) -> np.ndarray:
+    """The numbers of at most `most` of `count` images, int64, evenly spaced: images are often sorted by class."""
+    taken = count if most is None else min(most, count)
+    return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
+
+
+def collect(
+    extractor: Extractor,
+    images: ImageSet,
+    *,
+    keep: Mapping[str, int | None] = {},
+    moments_of: Sequence[str] | None = None,
+    folder: Path,
+    progress: Callable[[int], None] = lambda count: None,
+    block: int = BLOCK,
+) -> Collected | None:
+    """Send all images through the extractor, each of `world()`'s processes its own blocks.
+
+    The main process is given everything, the others None. `keep` says by layer how many images' features stay, evenly
+    spaced (None = all), in files in `folder`, which all processes must see; `moments_of` which layers' moments are
+    gathered, by default those that the extractor names. `progress` is called in the main process with the number of
+    images done, the others' too, as if they were as fast.
+    Raises ValueError where a feature is not finite, naming the image.
+    """
+    here, moments_of = world(), extractor.moments_of if moments_of is None else moments_of
+    indices = {layer: evenly(images.count, most) for layer, most in keep.items()}
+    if here.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for layer, index in indices.items():
+            _file(folder, layer).unlink(missing_ok=True)  # what an earlier call kept here may still be in use
+            with open(_file(folder, layer), "xb") as file:
+                file.truncate(4 * len(index) * extractor.widths[layer])
+    here.barrier()
+    kept = {layer: _mapped(folder, layer, len(index), extractor.widths[layer]) for layer, index in indices.items()}
+    moments: dict[str, Moments] = {}
+    blocks = images.blocks(block)
+    for number, (place, batch) in enumerate(_read(images, here.mine(blocks))):
+        features = extractor(to_channels_first(batch))
+        _require_finite({layer: features[layer] for layer in (*moments_of, *keep)}, images.name, place.start)
+        for layer in moments_of:
+            new = Moments.of(features[layer])
+            moments[layer] = moments[layer].merge(new) if layer in moments else new
+        for layer, index in indices.items():
+            first, last = np.searchsorted(index, (place.start, place.stop))
+            kept[layer][first:last] = features[layer][index[first:last] - place.start].cpu()
+        if here.main:
+            progress(sum(map(len, blocks[number * here.size : (number + 1) * here.size])))
+    parts = here.gather({layer: found.cpu() for layer, found in moments.items()})
+    if parts is None:
+        return None
+    together = {layer: merged(part[layer] for part in parts if layer in part) for layer in moments_of}
+    return Collected(images.count, together, kept, {layer: torch.from_numpy(i) for layer, i in indices.items()})
+
+
+def _read(images: ImageSet, blocks: Sequence[range]) -> Iterable[tuple[range, np.ndarray]]:
+    """Blocks with their images; the next one is read while the last is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting = None
+        for block in blocks:
+            following = (block, reader.submit(images.read, block.start, block.stop))
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def _file(folder: Path, layer: str) -> Path:
+    return folder / f"{layer}.float32"
+
+
+def _mapped(folder: Path, layer: str, count: int, width: int) -> Tensor:
+    file = str(_file(folder, layer))
+    return torch.from_file(file, shared=True, size=count * width, dtype=torch.float32).view(count, width)
+
+
+def _require_finite(features: Mapping[str, Tensor], name: str, first: int) -> None:
+    for layer, values in features.items():
+        if not torch.isfinite(values).all():
+            bad = int((~torch.isfinite(values)).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"{name}: image {first + bad} has features ({layer}) that are not finite: "
+                "the extractor's weights are broken"
+            )

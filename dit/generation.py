@@ -5,7 +5,6 @@ tolerances, whatever it is drawn with.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit import acceleration, denoising, diffusion, sampling, solvers, stochastic, transport
-from dit.checkpoint import Checkpoint, load_tensors, save_tensors
+from dit.checkpoint import Checkpoint
 from dit.latents import require_autoencoder
 from dit.objective import ObjectiveConfig, objective_from
 from dit.randomness import generator
@@ -170,6 +169,17 @@ def generate(
     return autoencoder.decode(latents * scale + shift)
 
 
+def asked(checkpoint: Checkpoint, config: SampleConfig, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What images number `indices` are drawn for (see `condition`), and the labels (N,) that they are told by: classes,
+    -1 where the model knows none, or for a model of embeddings, which draws for the rows of its bank, the rows' classes.
+    """
+    choices = num_choices(checkpoint)
+    wanted = draw_labels(config.labels, choices, config.seed, indices)
+    if checkpoint.model.config.condition == "embeddings":
+        return wanted, checkpoint.conditions["label"][wanted]
+    return wanted, wanted if choices else wanted - 1
+
+
 def generate_blocks(
     checkpoint: Checkpoint,
     autoencoder: Autoencoder,
@@ -177,30 +187,19 @@ def generate_blocks(
     config: SampleConfig,
     *,
     progress: Callable[[int], None] = lambda count: None,
-    keep: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All images that `config` asks for, uint8 (N, H, W, 3), and their labels (N,), block by block of indices; a label
-    is -1 where the model knows no classes.
+    """All images that `config` asks for, uint8 (N, H, W, 3), and their labels (N,), block by block of indices, in memory.
 
-    A model of embeddings draws for the rows of its bank as others do for classes; the labels are the rows'.
-
-    With a folder `keep`, each block is kept there as soon as it is drawn, and one that is there already is taken: the
-    folder's name must tell model, autoencoder, setting and `config` apart from any others.
+    `dit.drawing` draws the same images into a file, for sets of any size.
     """
-    N, side, choices = config.num_images, checkpoint.config["image_size"], num_choices(checkpoint)
-    by_rows = checkpoint.model.config.condition == "embeddings"
+    N, side = config.num_images, checkpoint.config["image_size"]
     images, labels = np.empty((N, side, side, 3), np.uint8), np.empty(N, np.int64)
     for start in range(0, N, config.block_images):
         indices = range(start, min(start + config.block_images, N))
-        wanted = draw_labels(config.labels, choices, config.seed, indices)
-        told = checkpoint.conditions["label"][wanted] if by_rows else wanted if choices else wanted - 1
+        wanted, told = asked(checkpoint, config, indices)
         labels[start : indices.stop] = told.numpy()
-        kept = keep / f"block-{start:08d}.safetensors" if keep else None
-        block = load_tensors(kept)["images"] if kept and kept.exists() else []
-        if len(block) != len(indices):
-            block = generate(checkpoint, autoencoder, setting, wanted, indices, seed=config.seed)
-            if kept:
-                save_tensors(kept, {"images": block})
-        images[start : indices.stop] = block.numpy()
+        images[start : indices.stop] = generate(
+            checkpoint, autoencoder, setting, wanted, indices, seed=config.seed
+        ).numpy()
         progress(len(indices))
     return images, labels

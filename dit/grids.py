@@ -14,6 +14,14 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
+def shown(labels: np.ndarray, num_classes: int = 10, per_class: int = 10) -> np.ndarray:
+    """The indices, in order, of the few images that `overview` shows of those with these labels (N,)."""
+    classes = np.unique(labels)[:num_classes]
+    if len(classes) == 1:
+        return np.arange(min(len(labels), per_class * num_classes))
+    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in classes]))
+
+
 def overview(images: np.ndarray, labels: np.ndarray, num_classes: int = 10, per_class: int = 10) -> np.ndarray:
     """A grid with a row for each of the first classes; the first images where there are no classes."""
     rows = [np.flatnonzero(labels == label)[:per_class] for label in np.unique(labels)[:num_classes]]

@@ -1,127 +1,177 @@
-"""Metrics from features: how far a set of images is from the reference, each named for how it was made.
+"""Metrics from features: how far a set of images is from the reference. Features in, figures out; nothing is read.
 
-FID (arXiv 1706.08500), Inception Score (arXiv 1606.03498), KID (arXiv 1801.01401), precision and recall (arXiv
-1904.06991), computed by torch-fidelity in the feature space of the classifier that the `reference` stage fitted.
-Names carry extractor and count, `fid_digits_classifier_1k`: such a figure is comparable with figures of the same name
-and reference, and with no paper's.
+Features are tensors (n, D) of float32 or float64, which may be memory-mapped files: they are read in blocks. What is
+summed is summed in float64. Precision and recall, which compare every image with every other, have a page of their own
+(`neighbourhoods`).
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dit import torchvision_cpu
-from dit.checkpoint import load_tensors
-from dit.features import extract, load_classifier, registered_extractor, statistics
+from dit.neighbourhoods import Neighbourhoods as Neighbourhoods
+from dit.neighbourhoods import check_finite
+from dit.neighbourhoods import neighbourhoods as neighbourhoods
 
-LOWER_IS_BETTER = ("fid", "kid")
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Settings of the metrics, as torch-fidelity names them."""
-
-    nearest_k: int = 3
-    is_splits: int = 10
-    kid_subsets: int = 50
-    kid_subset_size: int = 100
-    seed: int = 2020
-
-    def __post_init__(self) -> None:
-        for name in ("nearest_k", "is_splits", "kid_subsets", "kid_subset_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
+LOWER_IS_BETTER = ("fid", "sfid", "kid")
+BLOCK = 4096  # rows that are looked at together
+ROUNDING = torch.finfo(torch.float64).eps
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The real images as the evaluator knows them (artifacts/reference)."""
+def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians, |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    folder: Path
-    extractor: str  # name, e.g. digits_classifier
-    digest: str
-    num_classes: int
+    FID, sFID and any other FD are this distance of features' means (D,) and unbiased covariances (D, D) (arXiv
+    1706.08500, eq. 6). Right to 1e-6 of itself (and 1e-9 of the traces, where it nearly vanishes), for covariances of
+    any rank. Raises ValueError for unequal dimensions and numbers that are not finite.
+    """
+    return frechet_to(mean_b, covariance_b)(mean_a, covariance_a)
 
-    @classmethod
-    def load(cls, folder: Path) -> "Reference":
-        """Raises ValueError where the folder is no reference."""
-        try:
-            told = json.loads((folder / "reference.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+
+def frechet_to(mean: Tensor, covariance: Tensor) -> Callable[[Tensor, Tensor], float]:
+    """The squared Frechet distance to one Gaussian, as a function of the other's mean and covariance.
+
+    Of this one a factor is found once, C = R R^T. The trace of (C C')^(1/2) is then that of (R^T C' R)^(1/2), whose
+    matrix is symmetric: the sum of the roots of its eigenvalues. Rounding moves an eigenvalue by some 1e-16 of the
+    largest, and so the root of a vanishing one by 1e-8. Where that could be seen in the distance, the other covariance
+    is factored too, C' = S S^T: the same roots are the singular values of R^T S, which rounding moves by 1e-16 only.
+    """
+    mean, covariance = _gaussian(mean, covariance)
+    factor = _factor(covariance)
+
+    def distance(other_mean: Tensor, other_covariance: Tensor) -> float:
+        other_mean, other_covariance = _gaussian(other_mean, other_covariance)
+        if other_mean.shape != mean.shape:
             raise ValueError(
-                f"{folder} holds no reference (reference.json is missing or torn): run the stage `reference`"
-            ) from None
-        return cls(folder, told["extractor"], told["digest"], told["num_classes"])
+                f"features of {len(other_mean)} dimensions have no distance to features of {len(mean)}: both must come "
+                "from the same layer of the same extractor"
+            )
+        other_mean, other_covariance = other_mean.to(mean.device), other_covariance.to(mean.device)
+        traces = covariance.trace() + other_covariance.trace()
+        rest = (mean - other_mean).square().sum() + traces
+        eigenvalues = torch.linalg.eigvalsh(factor.T @ other_covariance @ factor).clamp(min=0)
+        root_trace = eigenvalues.sqrt().sum()
+        if _roots_error(eigenvalues) > 1e-7 * (rest - 2 * root_trace) + 1e-10 * traces:
+            root_trace = torch.linalg.svdvals(factor.T @ _factor(other_covariance)).sum()
+        return max(float(rest - 2 * root_trace), 0.0)
+
+    return distance
 
 
-def score(images: np.ndarray, labels: np.ndarray, reference: Path, evaluate: EvaluateConfig) -> dict[str, float]:
-    """All metrics of uint8 images (N, H, W, 3) and the labels (N,) that they were drawn for (-1 = none), by name.
+def _gaussian(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"a mean (D,) needs a covariance (D, D), got {tuple(mean.shape)} and {tuple(covariance.shape)}: these are "
+            "no statistics of features"
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError("mean or covariance is not finite: the features they were made of are broken, or too few")
+    return mean.double(), covariance.double()
 
-    Raises ValueError for too few images: N must exceed the neighbours and splits that the settings ask for.
+
+def _factor(covariance: Tensor) -> Tensor:
+    """R (D, rank) with R R^T = covariance: Cholesky's where the rank is full, else from the eigenvalues."""
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    steps = lower.diagonal().square()
+    least = len(covariance) * ROUNDING  # of the largest: what is below is rounding, not variance
+    if not failed and steps.min() > least * steps.max():
+        return lower
+    values, vectors = torch.linalg.eigh(covariance)
+    real = values > least * values[-1]
+    return vectors[:, real] * values[real].sqrt()
+
+
+def _roots_error(eigenvalues: Tensor) -> Tensor:
+    """By how much the sum of the roots may be off, if each eigenvalue is off by a few roundings of the largest."""
+    error = 8 * ROUNDING * eigenvalues.max() if len(eigenvalues) else eigenvalues.new_zeros(())
+    return torch.minimum(error / eigenvalues.sqrt(), error.sqrt()).nan_to_num(0).square().sum().sqrt()
+
+
+def inception_score(
+    logits: Tensor, splits: int = 10, *, order: Literal["shuffled", "file"] = "shuffled", seed: int = 2020
+) -> tuple[float, float]:
+    """exp E_x KL(p(y|x) || p(y)) of a classifier's logits (n, C) (arXiv 1606.03498, sec. 4): mean and deviation of splits.
+
+    Of each split, p(y) is its own. "shuffled" draws the splits at random (as torch-fidelity does, from `seed`), "file"
+    takes them one after the other, as ADM's evaluator does: images that lie in order of class then score far lower.
+    Raises ValueError for fewer images than splits and logits that are not finite.
     """
-    torchvision_cpu.prepare()
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    least = max(evaluate.nearest_k + 1, 2)
-    if len(images) < least:
-        raise ValueError(f"sample.num_images must be at least {least} for these metrics, got {len(images)}")
-    known = Reference.load(reference)
-    space, count = known.extractor, short_count(len(images))
-    features = extract(registered_extractor(space, reference / "classifier.safetensors"), images)
-    real = load_tensors(reference / "features.safetensors")
-    if not all(torch.isfinite(feature).all() for feature in features.values()):
-        raise ValueError("the images' features are not finite: the classifier of artifacts/reference is broken")
-    result = {}
-    for layer, infix in (("hidden", ""), ("pooled", "_pooled")):
-        distance = fid_statistics_to_metric(statistics(features[layer]), _statistics(real, layer), False)
-        result[f"fid_{space}{infix}_{count}"] = distance["frechet_inception_distance"]
-    subset = min(evaluate.kid_subset_size, len(images), len(real["pooled"]))
-    kid = kid_features_to_metric(
-        features["pooled"],
-        real["pooled"].double(),
-        kid_subsets=evaluate.kid_subsets,
-        kid_subset_size=subset,
-        rng_seed=evaluate.seed,
-        verbose=False,
-    )
-    result[f"kid_{space}_pooled_{count}"] = kid["kernel_inception_distance_mean"]
-    prc = prc_features_to_metric(
-        features["hidden"],
-        real["hidden"].double(),
-        prc_neighborhood=evaluate.nearest_k,
-        prc_batch_size=2000,
-        save_cpu_ram=True,  # never the whole matrix of distances
-        verbose=False,
-    )
-    result[f"precision_{space}_{count}"] = prc["precision"]
-    result[f"recall_{space}_{count}"] = prc["recall"]
-    if known.num_classes:  # without classes the score has no meaning, and there is nothing to agree with
-        splits = min(evaluate.is_splits, len(images))
-        isc = isc_features_to_metric(features["logits"], splits=splits, shuffle=True, rng_seed=evaluate.seed)
-        result[f"inception_score_{space}_{count}"] = isc["inception_score_mean"]
-    if known.num_classes and (labels >= 0).all():
-        judge = extract(load_classifier(reference / "judge.safetensors"), images)["logits"].argmax(dim=1)
-        result[f"class_agreement_{count}"] = float((judge.numpy() == labels).mean())
-    return {name: float(value) for name, value in result.items()}
+    n = len(logits)
+    if not 1 <= splits <= n:
+        raise ValueError(f"an inception score of {splits} splits needs at least as many images, got {n}")
+    if order not in ("shuffled", "file"):
+        raise ValueError(f"order must be shuffled or file, got {order!r}")
+    check_finite(logits, "the images' class")
+    images = None if order == "file" else torch.from_numpy(np.random.RandomState(seed).permutation(n)).to(logits.device)
+    scores = []
+    for split in range(splits):
+        first, last = split * n // splits, (split + 1) * n // splits
+        marginal = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+        negative_entropy = 0.0
+        for rows in _blocks(first, last):
+            log_p = (logits[rows] if images is None else logits[images[rows]]).double().log_softmax(dim=1)
+            p = log_p.exp()
+            marginal += p.sum(dim=0)
+            negative_entropy += float((p * log_p).sum())
+        marginal /= last - first
+        scores.append(math.exp(negative_entropy / (last - first) - float(torch.xlogy(marginal, marginal).sum())))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
-def metric_names(classes: bool, *, conditional: bool = True) -> tuple[str, ...]:
-    """The metrics that `score` gives, without extractor and count, where the images have classes or have none.
+def kernel_distance(
+    generated: Tensor, real: Tensor, *, subsets: int, subset_size: int, seed: int
+) -> tuple[float, float]:
+    """KID: the unbiased squared MMD of k(a, b) = (a.b / D + 1)^3 (arXiv 1801.01401, sec. 4): mean, deviation of subsets.
 
-    A model that is not `conditional` on anything is not asked for a class, so there is none to agree with.
+    Subsets are drawn as torch-fidelity draws them, without replacement, from features (n, D) and (m, D). The mean may
+    be slightly below 0. Raises ValueError for subsets larger than either set or smaller than 2, for unequal dimensions,
+    and for features that are not finite.
     """
-    names = ("fid", "fid_pooled", "kid_pooled", "precision", "recall")
-    names += ("inception_score",) if classes else ()
-    return (*names, "class_agreement") if classes and conditional else names
+    if generated.shape[1] != real.shape[1]:
+        raise ValueError(
+            f"the generated images' features have {generated.shape[1]} dimensions and the real ones' {real.shape[1]}: "
+            "both must come from the same extractor"
+        )
+    if not 2 <= subset_size <= min(len(generated), len(real)):
+        raise ValueError(
+            f"KID's subset size must be at least 2 and at most the images that there are ({len(generated)} generated, "
+            f"{len(real)} real), got {subset_size}"
+        )
+    random = np.random.RandomState(seed)
+    distances = []
+    for _ in range(subsets):
+        x, y = (
+            features[torch.from_numpy(random.choice(len(features), subset_size, replace=False)).to(features.device)]
+            for features in (generated, real)
+        )
+        check_finite(x, "the generated images'")
+        check_finite(y, "the real images'")
+        distances.append(_unbiased_mmd(x.double(), y.double().to(x.device)))
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def _unbiased_mmd(x: Tensor, y: Tensor) -> float:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def among_others(a: Tensor) -> Tensor:
+        matrix = kernel(a, a)
+        return (matrix.sum() - matrix.trace()) / (len(a) * (len(a) - 1))
+
+    return float(among_others(x) + among_others(y) - 2 * kernel(x, y).mean())
+
+
+def class_agreement(read: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
+    """The share of images that a judge reads (n,) as the classes (n,) that they were drawn for."""
+    if len(read) != len(labels) or len(read) == 0:
+        raise ValueError(
+            f"{len(read)} images were read and {len(labels)} labels given: they must be as many, at least 1"
+        )
+    return float((np.asarray(read) == np.asarray(labels)).mean())
 
 
 def short_count(count: int) -> str:
@@ -134,5 +184,6 @@ def lower_is_better(metric: str) -> bool:
     return metric.startswith(LOWER_IS_BETTER)
 
 
-def _statistics(real: dict[str, Any], layer: str) -> dict[str, np.ndarray]:
-    return {"mu": real[f"{layer}.mu"].numpy(), "sigma": real[f"{layer}.sigma"].numpy()}
+def _blocks(first: int, last: int) -> Iterator[slice]:
+    for start in range(first, last, BLOCK):
+        yield slice(start, min(start + BLOCK, last))

@@ -9,8 +9,8 @@ from tiny_model import EXTRACTOR, write_metrics, write_model
 
 from dit import contest
 from dit.contest import beats, find_metric, forbidden, read_candidate
+from dit.evaluation import EvaluateConfig
 from dit.generation import SampleConfig, Setting
-from dit.metrics import EvaluateConfig
 
 SAMPLE = SampleConfig(12, 0, "balanced", 8, (Setting("plain", 1.5, "euler", 2),))
 NAMES = ["fid_x_classifier_1k", "fid_x_classifier_pooled_1k", "kid_x_classifier_pooled_1k", "class_agreement_1k"]

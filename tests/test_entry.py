@@ -133,6 +133,18 @@ def test_one_at_a_time_and_the_lock_dies_with_its_holder(toy):
     first.wait()
 
 
+def test_a_stage_that_is_one_process_work_refuses_to_be_several(toy):
+    folder, start = toy
+    process = start("work", RANK="0", WORLD_SIZE="2")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and outcome(folder)["status"] == "refused"
+    assert stderr == "toy: 2 processes cannot share this stage: start it without torchrun\n"
+    other = start("work", RANK="1", WORLD_SIZE="2")
+    assert other.communicate(timeout=60) == ("", "") and other.returncode == 2, "one of them speaks"
+    assert [file.name for file in (folder / "scratch" / "outcome").iterdir() if file.name == "toy.process-1.json"]
+    assert not (folder / "artifacts").exists()
+
+
 def test_it_ends_when_the_dvc_that_started_it_is_killed(toy):
     folder, _ = toy
     (folder / "params.yaml").write_text("toy: {what: step}\n")

@@ -1,134 +1,114 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dit import torchvision_cpu
-from dit.features import (
-    LAYERS,
-    Classifier,
-    ReferenceConfig,
-    accuracy,
-    extract,
-    fit_classifier,
-    load_classifier,
-    registered_extractor,
-    save_classifier,
-    shifted,
-    statistics,
-)
-
-QUICK = ReferenceConfig(max_steps=60, global_batch_size=32)
+from dit.extractors import Extractor
+from dit.features import Moments, collect, evenly, merged
+from dit.imagesets import from_array
 
 
-def bars(count, seed=0):
-    """Images of a bright bar, upright (0) or lying (1)."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, count)
-    images = rng.integers(0, 40, (count, 16, 16, 3)).astype(np.uint8)
-    for image, label, place in zip(images, labels, rng.integers(3, 12, count), strict=True):
-        image[(slice(None), place) if label == 0 else (place, slice(None))] = 220
-    return images, labels.astype(np.int64)
+def colours(images):
+    """A space in which one can count: the mean colour, and the first pixel."""
+    return {"mean": images.float().mean(dim=(2, 3)), "first": images[:, :, 0, 0].float()}
 
 
-@pytest.fixture(scope="module")
-def classifier():
-    return fit_classifier(*bars(200), 2, QUICK, "test")
+SPACE = Extractor("colours", "0", "none", {"mean": 3, "first": 3}, {"": "mean"}, "mean", ("", "mean"), colours)
 
 
-def test_it_learns_and_generalises(classifier):
-    assert accuracy(classifier, *bars(100, seed=1)) > 0.95
+def images_of(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 5, 3)).astype(np.uint8)
 
 
-def test_without_labels_it_learns_rotations():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 30, (100, 16, 16, 3)).astype(np.uint8)
-    images[:, :5] = 230  # every image has its bright side up
-    rotations = fit_classifier(images, np.zeros(100, np.int64), 0, QUICK, "test")
-    assert rotations.logits.out_features == 4
-    turned = np.rot90(images, 1, axes=(1, 2)).copy()
-    assert accuracy(rotations, turned, np.ones(100, np.int64)) > 0.9
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(-1e4, 1e4), st.integers(0, 1000))
+def test_moments_of_parts_are_those_of_the_whole(sizes, shift, seed):
+    features = torch.from_numpy(np.random.default_rng(seed).normal(shift, 1, (sum(sizes), 4)))
+    parts = features.split(sizes)
+    whole = Moments.of(features)
+    together = merged(Moments.of(part) for part in parts)
+    later = Moments.of(parts[0])
+    for part in parts[1:]:
+        later = later.update(part)
+    for told in (together, later, merged(Moments.of(part) for part in reversed(parts))):
+        assert told.count == len(features)
+        torch.testing.assert_close(told.mean, whole.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(told.scatter, whole.scatter, rtol=1e-9, atol=1e-7)
 
 
-def test_fitting_twice_gives_the_same_weights(classifier):
-    torch.rand(5)
-    again = fit_classifier(*bars(200), 2, QUICK, "test").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in classifier.state_dict().items())
+def test_covariance_is_unbiased_and_float64():
+    features = torch.randn(50, 4)
+    told = Moments.of(features)
+    assert told.mean.dtype == told.covariance.dtype == torch.float64
+    np.testing.assert_allclose(told.mean, features.double().mean(0))
+    np.testing.assert_allclose(told.covariance, np.cov(features.double().numpy(), rowvar=False))
 
 
-def test_features_do_not_depend_on_the_batch(classifier):
-    images, _ = bars(300)
-    whole = extract(classifier, images)
-    parts = extract(classifier, iter([images[:7], images[7:100], images[100:]]))
-    for layer, width in zip(LAYERS, (64, 64, 2), strict=True):
-        assert whole[layer].shape == (300, width) and whole[layer].dtype == torch.float64
-        torch.testing.assert_close(whole[layer], parts[layer], rtol=1e-5, atol=1e-5)
+def test_one_image_has_no_covariance_and_dimensions_must_agree():
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        Moments.of(torch.zeros(1, 3)).covariance  # noqa: B018
+    with pytest.raises(ValueError, match="of 3 and of 4 dimensions"):
+        Moments.of(torch.zeros(2, 3)).merge(Moments.of(torch.zeros(2, 4)))
 
 
-def test_large_images_are_averaged_down():
-    images = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3)).astype(np.uint8)
-    large = images.repeat(2, axis=1).repeat(2, axis=2)
-    classifier = Classifier(3).eval()
-    torch.testing.assert_close(
-        extract(classifier, large)["hidden"], extract(classifier, images)["hidden"], rtol=1e-4, atol=1e-5
+def test_a_large_mean_costs_no_digits():
+    features = torch.randn(1000, 3, dtype=torch.float64)
+    told = merged(Moments.of(part) for part in (features + 1e7).split(64))
+    torch.testing.assert_close(told.covariance, torch.cov(features.T), rtol=1e-6, atol=1e-8)
+
+
+def test_evenly_takes_as_many_as_asked_from_all_parts():
+    assert evenly(10, None).tolist() == evenly(10, 12).tolist() == list(range(10))
+    taken = evenly(1_281_167, 10_000)
+    assert len(taken) == len(set(taken.tolist())) == 10_000 and taken[0] == 0
+    assert set(np.diff(taken)) == {128, 129}
+    assert len(evenly(0, 5)) == 0
+
+
+@pytest.mark.parametrize("block", [1, 7, 256])
+def test_collected_is_what_the_extractor_gives_of_all(tmp_path, block):
+    images, done = images_of(50), []
+    told = collect(
+        SPACE, from_array(images), keep={"mean": None, "first": 7}, folder=tmp_path, progress=done.append, block=block
     )
+    whole = colours(torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert told.count == told.moments["mean"].count == sum(done) == 50 and set(told.moments) == {"mean"}
+    torch.testing.assert_close(told.moments["mean"].covariance, torch.cov(whole["mean"].double().T))
+    assert torch.equal(told.kept["mean"], whole["mean"])
+    assert torch.equal(told.kept["first"], whole["first"][told.indices["first"]])
+    assert told.indices["first"].tolist() == [0, 7, 14, 21, 28, 35, 42]
 
 
-def test_shifting_moves_by_whole_pixels():
-    images = torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6)
-    moved = shifted(images, 1, -2)
-    assert torch.equal(moved[:, :, 1:, :-2], images[:, :, :-1, 2:].float())
-    assert torch.equal(shifted(images, 0, 0), images)
+def test_the_layers_whose_moments_count_can_be_told(tmp_path):
+    told = collect(SPACE, from_array(images_of(5)), moments_of=("first",), folder=tmp_path)
+    assert set(told.moments) == {"first"} and told.kept == {}
 
 
-def test_weights_survive_the_disk(tmp_path, classifier):
-    save_classifier(tmp_path / "c.safetensors", classifier)
-    images, _ = bars(5)
-    a, b = extract(classifier, images), extract(load_classifier(tmp_path / "c.safetensors"), images)
-    assert all(torch.equal(a[layer], b[layer]) for layer in LAYERS)
+def test_features_that_are_not_finite_name_their_image(tmp_path):
+    def broken(images):
+        x = images[:, :, 0, 0].float()
+        return {"mean": torch.where(x == 77, torch.nan, x)}
+
+    images = images_of(30)
+    images[:, 0, 0] = 5
+    images[23, 0, 0] = 77
+    space = Extractor("broken", "0", "none", {"mean": 3}, {"": "mean"}, "mean", ("", "mean"), broken)
+    for keep, moments_of in (({}, ("mean",)), ({"mean": None}, ())):
+        with pytest.raises(ValueError, match=r"in memory: image 23 has features \(mean\) that are not finite") as told:
+            collect(space, from_array(images), keep=keep, moments_of=moments_of, folder=tmp_path, block=8)
+        assert "\n" not in str(told.value)
 
 
-def test_statistics_are_mean_and_unbiased_covariance():
-    features = torch.randn(50, 4, dtype=torch.float64)
-    told = statistics(features)
-    np.testing.assert_allclose(told["mu"], features.mean(0).numpy())
-    np.testing.assert_allclose(told["sigma"], torch.cov(features.T).numpy())
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    alive = []
 
+    class Lazy(type(from_array(images_of(2)))):
+        def read(self, start, stop):
+            alive.append(stop - start)
+            return np.zeros((stop - start, *self.size, 3), np.uint8)
 
-def test_torch_fidelity_finds_the_extractor_and_agrees(tmp_path, classifier):
-    from dit.metrics import EvaluateConfig, score
-    from dit.stages.reference import write_reference
-
-    images, labels = bars(200)
-    others, other_labels = bars(120, seed=2)
-    others = np.clip(others.astype(int) + 15, 0, 255).astype(np.uint8)
-    told = {"extractor": "bars_classifier", "num_classes": 2}
-    write_reference(tmp_path, images, labels, *bars(100, seed=3), [images[:150], images[150:]], told, QUICK)
-    settings = EvaluateConfig(kid_subset_size=50, kid_subsets=10)
-    ours = score(others, other_labels, tmp_path, settings)
-    registered_extractor("bars_classifier", tmp_path / "classifier.safetensors")
-    torchvision_cpu.prepare()
-    import torch_fidelity
-
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, array):
-            self.array = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-
-        def __len__(self):
-            return len(self.array)
-
-        def __getitem__(self, index):
-            return self.array[index]
-
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(others), input2=Images(images), feature_extractor="bars_classifier", cuda=False, verbose=False,
-        fid=True, isc=True, kid=True, prc=True, kid_subset_size=50, kid_subsets=10, isc_splits=10, rng_seed=2020, cache=False,
-        save_cpu_ram=True,  # no worker processes: they die where the tests themselves run in several
-    )  # fmt: skip
-    for name, key in {
-        "fid_bars_classifier_120": "frechet_inception_distance",
-        "kid_bars_classifier_pooled_120": "kernel_inception_distance_mean",
-        "precision_bars_classifier_120": "precision",
-        "recall_bars_classifier_120": "recall",
-        "inception_score_bars_classifier_120": "inception_score_mean",
-    }.items():
-        assert ours[name] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), name
+    few = from_array(images_of(2))
+    many = Lazy("many", 100_000, few.size, None, few.reader, few.digester)
+    told = collect(SPACE, many, keep={"mean": 10}, folder=tmp_path, block=1000)
+    assert told.count == 100_000 and max(alive) == 1000 and told.kept["mean"].shape == (10, 3)

@@ -10,7 +10,7 @@ from tiny_model import write_model
 
 from dit.checkpoint import Checkpoint, load_checkpoint
 from dit.generation import draw_labels, evaluations, generate, generate_blocks, generate_latents
-from dit.grids import grid, overview
+from dit.grids import grid, overview, shown
 from dit.setting import SAMPLERS, SampleConfig, Setting
 from dit.vae import Autoencoder
 
@@ -48,26 +48,6 @@ def test_blocks_are_bit_identical_however_they_are_spread(model):
     assert images.shape == (10, 16, 16, 3) and labels.tolist() == [i % 3 for i in range(10)]
     second = generate(checkpoint, autoencoder, setting(checkpoint), torch.tensor(labels[4:8]), range(4, 8), seed=0)
     assert np.array_equal(images[4:8], second.numpy())
-
-
-def test_kept_blocks_are_taken_and_give_the_same_images(model, tmp_path):
-    checkpoint, autoencoder = model
-    config = SampleConfig(10, 0, "balanced", 4, (setting(checkpoint),))
-    whole, _ = generate_blocks(checkpoint, autoencoder, setting(checkpoint), config)
-
-    class Stopped(Exception):
-        pass
-
-    def stop(count):
-        raise Stopped
-
-    with pytest.raises(Stopped):
-        generate_blocks(checkpoint, autoencoder, setting(checkpoint), config, keep=tmp_path / "k", progress=stop)
-    [kept] = (tmp_path / "k").iterdir()
-    stamp = kept.stat().st_mtime_ns
-    again, _ = generate_blocks(checkpoint, autoencoder, setting(checkpoint), config, keep=tmp_path / "k")
-    assert np.array_equal(again, whole) and kept.stat().st_mtime_ns == stamp
-    assert len(list((tmp_path / "k").iterdir())) == 3
 
 
 SDE_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing", "kl", "kl_eta")
@@ -255,3 +235,15 @@ def test_grids_show_every_image_in_its_place():
     assert sheet[0, 2].tolist() == [255] * 3
     rows = overview(images, np.array([0, 1, 0, 1, 1]), per_class=2)
     assert rows[0, 0, 0] == 0 and rows[0, 3, 0] == 2 and rows[3, 0, 0] == 1 and rows[3, 3, 0] == 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=60), st.integers(1, 3), st.integers(1, 4))
+def test_the_few_that_a_grid_shows_give_the_same_grid(labels, num_classes, per_class):
+    labels = np.array(labels)
+    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, 3)
+    few = shown(labels, num_classes, per_class)
+    assert len(few) <= num_classes * per_class and np.all(np.diff(few) > 0)
+    assert np.array_equal(
+        overview(images[few], labels[few], num_classes, per_class), overview(images, labels, num_classes, per_class)
+    )

@@ -51,7 +51,7 @@ def test_everything_is_there_and_in_one_mlflow_run(finished):
     assert [file.name for file in (finished / "scratch" / "train").glob("*/previews/*.png")] == ["step-00000012.png"]
     page = (finished / "artifacts" / "report" / "index.html").read_text()
     assert (
-        page.count("data:image/png;base64,") == 3
+        page.count("data:image/png;base64,") == 4
         and "<svg" in page
         and not [link for link in ("src='http", "href='http", "<script") if link in page]
     )

@@ -13,8 +13,9 @@ from tiny_model import CLASSES, EXTRACTOR, write_metrics, write_model, write_ref
 
 from dit import packing, store, tracking
 from dit.checkpoint import load_checkpoint
+from dit.evaluation import EvaluateConfig, score
 from dit.generation import SampleConfig, Setting, generate_blocks
-from dit.metrics import EvaluateConfig, score
+from dit.imagesets import from_array
 from dit.paths import Paths
 from dit.registry import DIGEST
 from dit.runtime import RunConfig
@@ -133,7 +134,7 @@ import sys, json
 from pathlib import Path
 from dit.paths import Paths
 from dit.generation import SampleConfig, Setting
-from dit.metrics import EvaluateConfig
+from dit.evaluation import EvaluateConfig
 from dit.runtime import RunConfig
 from dit.stages.register import RegisterConfig, register
 sample = SampleConfig(12, 0, "balanced", 8, (Setting("plain", 1.5, "euler", 2),))
@@ -237,9 +238,9 @@ def test_where_the_reference_changed_the_champion_is_scored_on_the_new_one_first
     run(paths)
     files = load_checkpoint(paths.artifacts / "ema"), Autoencoder.load(paths.artifacts / "vae")
     reference = write_reference(paths.artifacts, seed=1)
-    expected = score(*generate_blocks(*files, SAMPLE.settings[0], SAMPLE), paths.artifacts / "reference", EVALUATE)[
-        METRIC
-    ]
+    expected = score(
+        from_array(*generate_blocks(*files, SAMPLE.settings[0], SAMPLE)), paths.artifacts / "reference", EVALUATE
+    )[METRIC]
     assert expected != 2.0
 
     retrain(paths, seed=1, fid=expected * 1.01, reference=reference)

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from dit.checkpoint import network_config, save_checkpoint, save_tensors
-from dit.features import Classifier, extract, save_classifier, statistics
+from dit.classifier import Classifier, extract, save_classifier
+from dit.features import Moments
 from dit.model import DiT, ModelConfig
 from dit.paths import Paths, write_json
 from dit.vae import Autoencoder, import_diffusers
@@ -84,7 +85,8 @@ def write_reference(artifacts: Path, seed: int = 0) -> str:
     features, tensors = extract(classifier, images), {}
     for layer in ("hidden", "pooled"):
         tensors[layer] = features[layer].float()
-        tensors |= {f"{layer}.{name}": torch.from_numpy(value) for name, value in statistics(features[layer]).items()}
+        moments = Moments.of(features[layer])
+        tensors |= {f"{layer}.mu": moments.mean, f"{layer}.sigma": moments.covariance}
     save_tensors(folder / "features.safetensors", tensors)
     told = {"digest": f"reference{seed}", "extractor": EXTRACTOR, "num_classes": len(CLASSES)}
     write_json(folder / "reference.json", told)

@@ -1,62 +1,120 @@
-"""evaluate: the metrics of each setting's samples, and the two floors that tell what they mean.
+"""evaluate: the metrics of each setting's samples, how far to trust them, and the two floors that tell what they mean.
 
 The floor `heldout` is real images that the model never saw; `reconstruction` is the same images through the
-autoencoder, which no model on its latents can be expected to beat.
+autoencoder, which no model on its latents can be expected to beat. Samples are also searched for copies of training
+images, held against how near held-out images come to those.
+
+    torchrun --nproc-per-node 8 -m dit.stages.evaluate
+
+reads images with several processes.
 """
 
-import zipfile
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dit import entry, runtime, tracking
+from dit import copies, entry, runtime, tracking
+from dit.evaluation import EvaluateConfig, Evaluation, evaluate_images, extractor_of, judge_of
 from dit.grids import overview
-from dit.metrics import EvaluateConfig, Reference, score
+from dit.imagesets import ImageSet, from_array, from_shards, open_images
+from dit.parallel import world
 from dit.paths import Paths, publish, write_json
+from dit.progress import Progress
+from dit.references import read_reference
 from dit.runtime import RunConfig
-from dit.shards import load_split
+from dit.shards import load_split, read_manifest
 from dit.vae import Autoencoder
+
+
+class Found(NamedTuple):
+    """What was copied, and the picture of it."""
+
+    copies: copies.Copies
+    picture: np.ndarray
+
 
 MAX_HELDOUT = 10_000  # held-out images that the floors are measured on
 
 
 def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
-    """Write artifacts/evaluate/metrics.json, and mirror it to the model's MLflow run."""
+    """Write artifacts/evaluate: metrics.json with the figures, details.json with their terms and intervals, pictures.
+
+    The figures are mirrored to the model's MLflow run.
+    """
     device = runtime.start(run)
-    reference = Reference.load(paths.artifacts / "reference")
-    autoencoder = Autoencoder.load(paths.artifacts / "vae", device)
+    reference = read_reference(paths.artifacts / "reference")
+    sets = {f.name: open_images(f / "samples.npz") for f in sorted((paths.artifacts / "sample").iterdir())}
     heldout, heldout_labels = load_split(paths.artifacts / "shard", "heldout", MAX_HELDOUT)
-    reconstructed = autoencoder.reconstruct(heldout)
+    reconstructed = Autoencoder.load(paths.artifacts / "vae", device).reconstruct(heldout)
     floors = {
-        "heldout": score(heldout, heldout_labels, reference.folder, evaluate),
-        "reconstruction": score(reconstructed, heldout_labels, reference.folder, evaluate),
+        "heldout": from_array(heldout, heldout_labels, name="the held-out images"),
+        "reconstruction": from_array(reconstructed, heldout_labels, name="the reconstructed images"),
     }
-    settings, count = {}, 0
-    for folder in sorted((paths.artifacts / "sample").iterdir()):
-        images, labels = read_samples(folder / "samples.npz")
-        count = len(images)
-        settings[folder.name] = score(images, labels, reference.folder, evaluate)
-    told = {"extractor": reference.extractor, "reference": reference.digest, "num_images": count}
-    told |= {"floors": floors, "settings": settings}
+    terms = {"reference": reference, "extractor": extractor_of(reference, device), "judge": judge_of(reference)}
+
+    def measured(name: str, images: ImageSet, heavy: bool) -> Evaluation | None:
+        # In scratch/ and not in /tmp, which may be memory: of 50,000 images these are gigabytes.
+        with tempfile.TemporaryDirectory(prefix="features-", dir=_made(paths.scratch)) as own:
+            folder = Path(world().share(own))  # all processes write into the main one's
+            progress = Progress(f"evaluate {name}", images.count)
+            found = evaluate_images(
+                images, config=evaluate, labels=images.labels, folder=folder, progress=progress, heavy=heavy, **terms
+            )
+            world().barrier()
+            return found
+
+    found = {f"floor: {name}": measured(name, images, heavy=False) for name, images in floors.items()}
+    found |= {name: measured(name, images, heavy=True) for name, images in sets.items()}
+    if not world().main:
+        return
+    copied = {name: _copies(paths, images, floors["heldout"], evaluate) for name, images in sets.items()}
+    rows = {name: evaluation.values for name, evaluation in found.items()}
+    told = {"extractor": reference.extractor, "reference": reference.digest}
+    told |= {"num_images": next(iter(sets.values())).count}
+    told |= {
+        "floors": {name: rows[f"floor: {name}"] for name in floors},
+        "settings": {name: rows[name] for name in sets},
+    }
+    details = {name: {**found[name].told(), "copies": copied[name] and copied[name].copies.record()} for name in sets}
     with publish(paths.artifacts / "evaluate", paths.scratch) as folder:
         write_json(folder / "metrics.json", told)
+        write_json(
+            folder / "details.json",
+            {"settings": details, "classes": read_manifest(paths.artifacts / "shard")["classes"]},
+        )
         Image.fromarray(overview(heldout, heldout_labels)).save(folder / "real.png")
         Image.fromarray(overview(reconstructed, heldout_labels)).save(folder / "reconstructed.png")
-    print(table({**{f"floor: {name}": row for name, row in floors.items()}, **settings}))
+        for name in filter(copied.get, sets):
+            Image.fromarray(copied[name].picture).save(folder / f"{name}-nearest.png")
+    print(table(rows))
+    for name in filter(copied.get, sets):
+        print(f"{name}: {copied[name].copies.verdict}")
     with tracking.continue_run(paths, experiment=run.experiment) as mirror:
-        mirror.metrics(settings | {f"floor_{name}": row for name, row in floors.items()})
-        for name in settings:
+        mirror.metrics(told["settings"] | {f"floor_{name}": row for name, row in told["floors"].items()})
+        for name in sets:
             mirror.artifact(f"samples/{name}.png", paths.artifacts / "sample" / name / "grid.png")
+        mirror.artifact("evaluate/details.json", paths.artifacts / "evaluate" / "details.json")
 
 
-def read_samples(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, H, W, 3) and labels (N,) of a samples.npz. Raises ValueError where it is damaged."""
-    try:
-        with np.load(file) as content:
-            return content["arr_0"], content["labels"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged ({error}): run the stage `sample`") from None
+def _copies(paths: Paths, generated: ImageSet, heldout: ImageSet, config: EvaluateConfig) -> Found | None:
+    """What the samples copied, and a picture of the closest pairs; None where nobody asked, or there is too little."""
+    if not config.training_images or min(generated.count, heldout.count) < copies.FEWEST:
+        return None
+    training = from_shards(paths.artifacts / "shard", "train")
+    if training.count < copies.FEWEST:
+        return None
+    most = {"most_training": config.training_images}
+    count = copies.num_looked_at(generated, training, heldout, **most)
+    found = copies.check_copies(generated, training, heldout, **most, progress=Progress("copies", count))
+    return Found(found, copies.picture(found, generated, training))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -70,4 +128,4 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    entry.main(evaluate)
+    entry.main(evaluate, together=True)

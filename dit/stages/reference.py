@@ -1,13 +1,14 @@
-"""reference: what generated images are measured against. Two classifiers, and the real images' statistics.
+"""reference: what generated images are measured against. The space they are compared in, and the real images in it.
 
-The evaluator's classifier is fitted on training images and gives the feature space. The judge is fitted on held-out
-images alone: the generator never saw what taught it.
+The evaluator's classifier is fitted on training images and gives the feature space, unless `extractor` names another.
+The judge is fitted on held-out images alone: the generator never saw what taught it.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import shutil
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +17,123 @@ import torch
 
 from dit import entry, runtime
 from dit.checkpoint import save_tensors
-from dit.features import BATCH, ReferenceConfig, accuracy, extract, fit_classifier, save_classifier, statistics
+from dit.classifier import BATCH, ReferenceConfig, accuracy, fit_classifier, save_classifier, shrunk
+from dit.extractors import Extractor, classifier_extractor, open_extractor
+from dit.features import collect, evenly
+from dit.imagesets import ImageSet, from_shards
+from dit.parallel import world
 from dit.paths import Paths, file_sha256, publish, write_json
+from dit.progress import Progress
 from dit.runtime import RunConfig
-from dit.shards import load_split, read_manifest, stream_split
+from dit.shards import read_manifest
 from dit.sources import DataConfig
 
 MAX_FITTED = 20_000  # images that a classifier is fitted on: a small one learns nothing more from further ones
-MAX_FEATURES = 10_000  # real images that precision, recall and KID see, as many as ADM's evaluator takes
 
 
 def reference(data: DataConfig, reference: ReferenceConfig, run: RunConfig, *, paths: Paths) -> None:
-    """Write artifacts/reference: classifier, judge, features.safetensors with statistics, reference.json."""
-    runtime.start(run)
+    """Write artifacts/reference: judge, classifier, features.safetensors with statistics, reference.json."""
+    device, here = runtime.start(run), world()
     shards = paths.artifacts / "shard"
     manifest = read_manifest(shards)
-    images, labels = load_split(shards, "train", MAX_FITTED)
-    heldout, heldout_labels = load_split(shards, "heldout", MAX_FITTED)
-    if not len(heldout):
+    if not any(shard["split"] == "heldout" for shard in manifest["shards"]):
         raise ValueError("data.held_out_fraction: no image is held out, and the judge needs some: raise it")
-    told = {
-        "extractor": f"{data.name}_{'classifier' if data.num_classes else 'rotation'}",
-        "data": manifest["digest"],
-        "num_classes": data.num_classes,
-    }
-    everything = batches(image for _, _, image in stream_split(shards, "train"))
-    with publish(paths.artifacts / "reference", paths.scratch) as folder:
-        told = write_reference(folder, images, labels, heldout, heldout_labels, everything, told, reference)
-    print(", ".join(f"{key} {value}" for key, value in told.items()))
+    train, heldout = from_shards(shards, "train"), from_shards(shards, "heldout")
+    told = {"extractor": f"{data.name}_{'classifier' if data.num_classes else 'rotation'}"}
+    told |= {"data": manifest["digest"], "num_classes": data.num_classes}
+    with publish(paths.artifacts / "reference", paths.scratch) if here.main else nullcontext() as folder:
+        told = write_reference(here.share(folder), train, heldout, told, reference, device)
+    if here.main:
+        print(", ".join(f"{key} {value}" for key, value in told.items()))
 
 
 def write_reference(
     folder: Path,
-    images: np.ndarray,
-    labels: np.ndarray,
-    heldout: np.ndarray,
-    heldout_labels: np.ndarray,
-    everything: Iterable[np.ndarray],
+    train: ImageSet,
+    heldout: ImageSet,
     told: dict[str, Any],
     config: ReferenceConfig,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Fit both classifiers and fill `folder`; what reference.json says is returned. `told` says `num_classes`.
+    """Fit the classifiers that are needed, on `told["num_classes"]` classes, and fill `folder`.
 
-    `everything` is all training images, in batches: the statistics are of them all. Of their features at most
-    MAX_FEATURES are kept, evenly, for the metrics that compare image with image.
+    `told["extractor"]` is the classifier's name, which another extractor replaces by its own. Statistics are of all
+    training images; the features of at most `config.max_features`, evenly spaced, are kept for metrics that compare
+    image with image. What reference.json says is returned. Called by every process of `world()`; the main one writes.
     """
-    classes = told["num_classes"]
-    classifier = fit_classifier(images, labels, classes, config, "evaluator")
-    save_classifier(folder / "classifier.safetensors", classifier)
-    if classes:
-        judge = fit_classifier(heldout, heldout_labels, classes, config, "judge")
-        save_classifier(folder / "judge.safetensors", judge)
-        told |= {
-            "classifier_accuracy_heldout": accuracy(classifier, heldout, heldout_labels),
-            "judge_accuracy_train": accuracy(judge, images, labels),
-        }
-    features, tensors = extract(classifier, everything, layers=("hidden", "pooled")), {}
-    told["num_images"] = len(features["hidden"])
-    for layer in features:
-        tensors[layer] = features[layer][:: max(1, -(-told["num_images"] // MAX_FEATURES))].float()
-        for name, value in statistics(features[layer]).items():
-            tensors[f"{layer}.{name}"] = torch.from_numpy(value)
-    save_tensors(folder / "features.safetensors", tensors)
-    told = {"digest": _digest(folder), **told}
+    here, told = world(), dict(told)
+    if here.main:
+        told |= _fit(folder, train, heldout, told["num_classes"], config)
+    told = here.share(told)
+    extractor = _extractor(folder, told, config, device)
+    told |= {"extractor": extractor.name, "extractor_kind": config.extractor, "extractor_digest": extractor.digest}
+    told |= {"weights": config.weights, "resize": extractor.resize, "count": train.count, "image_size": train.size[0]}
+    scratch = Path(here.share(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent) if here.main else None))
+    try:
+        tensors = _tensors(extractor, train, config, scratch)
+        if tensors is None:
+            return told
+        save_tensors(folder / "features.safetensors", tensors)
+    finally:
+        if here.main:
+            shutil.rmtree(scratch, ignore_errors=True)
+    told = {"digest": _digest(folder), **told, "kept": len(tensors["indices"])}
     write_json(folder / "reference.json", told)
     return told
 
 
-def batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Images (H, W, 3), one at a time, as batches (N, H, W, 3)."""
-    images = iter(images)
-    while batch := list(islice(images, BATCH)):
-        yield np.stack(batch)
+def _fit(folder: Path, train: ImageSet, heldout: ImageSet, classes: int, config: ReferenceConfig) -> dict[str, float]:
+    """The evaluator's classifier, where it is the extractor, and the judge, where there are classes, into `folder`."""
+    found: dict[str, float] = {}
+    own = config.extractor == "classifier"
+    if not own and not classes:
+        return found
+    seen, unseen = _some(train), _some(heldout)
+    if own:
+        classifier = fit_classifier(*seen, classes, config, "evaluator")
+        save_classifier(folder / "classifier.safetensors", classifier)
+        if classes:
+            found["classifier_accuracy_heldout"] = accuracy(classifier, *unseen)
+    if classes:
+        judge = fit_classifier(*unseen, classes, config, "judge")
+        save_classifier(folder / "judge.safetensors", judge)
+        found["judge_accuracy_train"] = accuracy(judge, *seen)
+    return found
+
+
+def _some(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """At most MAX_FITTED of the images, evenly spaced and no larger than a classifier sees them, with their labels
+    (0 where there are none)."""
+    indices = evenly(images.count, MAX_FITTED)
+    labels = np.zeros(len(indices), np.int64) if images.labels is None else images.labels[indices]
+    parts = [shrunk(images.take(indices[i : i + BATCH])) for i in range(0, len(indices), BATCH)]
+    return np.concatenate(parts), labels
+
+
+def _extractor(folder: Path, told: dict[str, Any], config: ReferenceConfig, device: torch.device | str) -> Extractor:
+    if config.extractor == "classifier":
+        weights = folder / "classifier.safetensors"
+        return classifier_extractor(told["extractor"], weights, bool(told["num_classes"]), device)
+    return open_extractor(config.extractor, device=device, weights=Path(config.weights) if config.weights else None)
+
+
+def _tensors(
+    extractor: Extractor, train: ImageSet, config: ReferenceConfig, scratch: Path
+) -> dict[str, torch.Tensor] | None:
+    """What features.safetensors holds: {layer}.mu, {layer}.sigma, and of the kept images features, indices and, if there
+    are any, labels."""
+    layers = dict.fromkeys([*extractor.frechet.values(), extractor.neighbours, extractor.kernel[1]])
+    progress = Progress(f"reference, by {extractor.name}", train.count)
+    kept = {layer: config.max_features for layer in layers}
+    found = collect(extractor, train, keep=kept, folder=scratch, progress=progress)
+    if found is None:
+        return None
+    tensors = {layer: features.clone() for layer, features in found.kept.items()}
+    for layer, moments in found.moments.items():
+        tensors |= {f"{layer}.mu": moments.mean, f"{layer}.sigma": moments.covariance}
+    indices = found.indices[extractor.neighbours]
+    labels = {} if train.labels is None else {"labels": torch.from_numpy(train.labels)[indices]}
+    return tensors | {"indices": indices} | labels
 
 
 def _digest(folder: Path) -> str:
@@ -96,4 +142,4 @@ def _digest(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    entry.main(reference)
+    entry.main(reference, together=True)

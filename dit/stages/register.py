@@ -16,7 +16,7 @@ from typing import Any
 from dit import entry, packing, runtime, store, tracking
 from dit.config import digest
 from dit.contest import Candidate, Incomparable, beats, forbidden, read_candidate, rescore
-from dit.metrics import EvaluateConfig
+from dit.evaluation import EvaluateConfig
 from dit.paths import Paths, file_sha256, publish, write_json
 from dit.provenance import provenance, settings
 from dit.registry import Registry, Version

@@ -15,7 +15,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .25rem .8rem; text-align: left; }
-td.number { text-align: right; } tr:nth-child(even) { background: #f6f6f8; }
+td.number { text-align: right; white-space: nowrap; } tr:nth-child(even) { background: #f6f6f8; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
 figure img { image-rendering: pixelated; width: 26rem; max-width: 100%; } figcaption, .note { color: #666; font-size: .9rem; }
 pre { background: #f6f6f8; padding: 1rem; overflow-x: auto; font-size: .85rem; }
@@ -29,6 +29,7 @@ def report(*, paths: Paths) -> None:
         name: json.loads((at / file).read_text())
         for name, file in {
             "metrics": "evaluate/metrics.json",
+            "details": "evaluate/details.json",
             "model": "register/model.json",
             "checkpoint": "ema/config.json",
             "run": "train/run.json",
@@ -44,7 +45,12 @@ def report(*, paths: Paths) -> None:
         "<h2>Pictures</h2>",
         pictures(at),
         "<h2>Metrics</h2>",
-        metrics_table(told["metrics"]),
+        metrics_table(told["metrics"], told["details"]),
+        "<h2>How far to trust them</h2>",
+        *(
+            trust(name, details, told["details"]["classes"], at)
+            for name, details in told["details"]["settings"].items()
+        ),
         "<h2>Loss</h2>",
         loss_curve(at / "train" / "loss.csv"),
         "<h2>Lineage</h2>",
@@ -88,22 +94,59 @@ def figure(caption: str, png: bytes) -> str:
     return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
 
 
-def metrics_table(metrics: dict[str, Any]) -> str:
+def metrics_table(metrics: dict[str, Any], details: dict[str, Any]) -> str:
     """Settings and floors side by side; a metric's count stands in the row's heading of the settings."""
     rows = {**{f"floor: {name}": row for name, row in metrics["floors"].items()}, **metrics["settings"]}
     names = list(dict.fromkeys(name.rpartition("_")[0] for row in rows.values() for name in row))
     counts = {title: next(iter(row)).rpartition("_")[2] for title, row in rows.items()}
+    errors = {
+        (title, record["metric"]): record.get("standard_error")
+        for title, told in details["settings"].items()
+        for record in told["records"]
+    }
     head = "".join(f"<th>{html.escape(title)} ({counts[title]})</th>" for title in rows)
     lines = []
     for name in names:
-        cells = ((row.get(f"{name}_{counts[title]}")) for title, row in rows.items())
-        lines.append(f"<tr><td>{name}</td>{''.join(_cell(value) for value in cells)}</tr>")
+        whole = ((title, f"{name}_{counts[title]}") for title in rows)
+        cells = "".join(_cell(rows[title].get(full), errors.get((title, full))) for title, full in whole)
+        lines.append(f"<tr><td>{name}</td>{cells}</tr>")
     note = (
-        f"In the feature space of {html.escape(metrics['extractor'])}, fitted on this data set's training images: "
-        "comparable with figures of the same name and reference, and with no paper's. The floors tell what the figures "
-        "mean: real images that training never saw, and the same images through the autoencoder."
+        f"In the feature space of {html.escape(metrics['extractor'])}: comparable with figures of the same name and "
+        "reference. The floors tell what the figures mean: real images that training never saw, and the same images "
+        "through the autoencoder. ± is one standard error: how far another draw of as many images would be expected to lie."
     )
     return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table><p class=note>{note}</p>"
+
+
+def trust(name: str, details: dict[str, Any], classes: list[str], at: Path) -> str:
+    """What a setting's figures do not say by themselves: their bias, the classes that fail, and what may be copied."""
+    parts = [f"<h3>{html.escape(name)}</h3>"]
+    if bias := details["infinity"]:
+        points = ", ".join(f"{value:.4g} of {size}" for size, value in bias["points"])
+        parts.append(
+            f"<p>{html.escape(bias['metric'])} is biased upwards by the number of images: {points}; of infinitely many "
+            f"it would be about {bias['limit']:.4g} (± {bias['standard_error']:.2g} by the line's fit).</p>"
+        )
+    if details["classes"]:
+        parts.append(class_table(details["classes"], classes))
+    if copied := details["copies"]:
+        parts.append(f"<p>{'<b>Warning.</b> ' if copied['warning'] else ''}{html.escape(copied['verdict'])}</p>")
+        caption = "above: generated; below: the training image nearest to it; the closest pairs first"
+        parts.append(figure(caption, (at / "evaluate" / f"{name}-nearest.png").read_bytes()))
+    return "".join(parts)
+
+
+def class_table(table: dict[str, dict[str, Any]], classes: list[str]) -> str:
+    """The ten classes that are farthest from their real images, worst first."""
+    scored = [(label, row) for label, row in table.items() if row["fid"] is not None or row["agreement"] is not None]
+    worst = sorted(scored, key=lambda item: (-(item[1]["fid"] or 0), item[1]["agreement"] or 0))[:10]
+    lines = []
+    for label, row in worst:
+        title = classes[int(label)] if int(label) < len(classes) else label
+        cells = _cell(row["fid"]) + f"<td class=number>{_percent(row['agreement'])}</td>"
+        lines.append(f"<tr><td>{html.escape(title)}</td>{cells}<td class=number>{row['num_images']}</td></tr>")
+    head = "<tr><th>class</th><th>FID in the class</th><th>read as it</th><th>images</th></tr>"
+    return f"<table>{head}{''.join(lines)}</table>"
 
 
 def loss_curve(file: Path) -> str:
@@ -153,8 +196,9 @@ def settings(checkpoint: dict[str, Any]) -> str:
     return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
-def _cell(value: float | None) -> str:
-    return f"<td class=number>{'' if value is None else f'{value:.4f}'}</td>"
+def _cell(value: float | None, error: float | None = None) -> str:
+    shown = "" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.2g}")
+    return f"<td class=number>{shown}</td>"
 
 
 def _percent(value: float | None) -> str:
