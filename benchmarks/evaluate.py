@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 WIDTH, CLASSES, NEAREST, SPLITS, SEED = 2048, 1008, 3, 10, 2020
-ROWS = 1024  # of features that are looked at together
+ROWS = 2048  # of features that are looked at together
 THEIRS = ("torch-fidelity", "torch-fidelity, save_cpu_ram")
 MIB = 2**20
 

@@ -121,7 +121,7 @@ def evaluate_images(
         wanted = torch.from_numpy(labels)
         classes = perclass.per_class(found.kept[primary], wanted, real[primary], reference.labels, shown)
     one_by_one = len(real[extractor.neighbours]) if extractor.neighbours in real else 0
-    return Evaluation(values, _records(values, spread, images, reference, extractor, one_by_one), infinity, classes)
+    return Evaluation(values, _records(values, spread, images, reference, extractor, config, one_by_one), infinity, classes)
 
 
 def score(
@@ -227,6 +227,7 @@ def _records(
     images: ImageSet,
     reference: Reference,
     extractor: Extractor,
+    config: EvaluateConfig,
     one_by_one: int,
 ) -> list[dict[str, Any]]:
     terms = {"count": images.count, "image_size": list(images.size), "extractor": extractor.name}
@@ -240,6 +241,9 @@ def _records(
         if name in spread and math.isfinite(spread[name].standard_error):
             error, low, high = spread[name]
             record |= {"standard_error": error, "interval": [low, high]}
+        if name.startswith("inception_score"):
+            splits = min(config.is_splits, images.count)
+            record |= {"splits": splits, "deviation_of_splits": spread[name].standard_error * math.sqrt(splits)}
         records.append(record)
     return records
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from dit.parallel import local_rank
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -49,13 +51,13 @@ def start(run: RunConfig) -> torch.device:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device named, or the best there is for `auto`. Raises ValueError where the machine lacks it."""
+    """The device named, or the best there is for `auto`; of several processes each its own. Raises ValueError where the machine lacks it."""
     available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "cpu" or (wanted == "auto" and available is None):
         return torch.device("cpu")
     if available is None or (wanted != "auto" and available.type != wanted):
         raise ValueError(f"run.device: this machine has no {wanted!r}: use auto or cpu")
-    return torch.device(available.type, 0)
+    return torch.device(available.type, local_rank() % torch.accelerator.device_count())
 
 
 def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> AbstractContextManager:

@@ -21,7 +21,7 @@ from dit.copies import check_copies, num_looked_at, picture
 from dit.evaluation import ONE_BY_ONE, EvaluateConfig, Evaluation, evaluate_images, extractor_of, judge_of
 from dit.extractors import Extractor, open_extractor
 from dit.imagesets import ImageSet, open_images
-from dit.parallel import local_rank, world
+from dit.parallel import world
 from dit.paths import write_json
 from dit.progress import Progress
 from dit.references import (
@@ -78,7 +78,7 @@ def evaluate(asked: Asked, say: Callable[[str], None] = print) -> dict[str, Any]
     images = open_images(asked.samples)
     labels = _labels(asked, images)
     others = [open_images(path) for path in (asked.training, asked.heldout) if path is not None]
-    device = own_device(asked.device)
+    device = pick_device(asked.device)
     with scratch_beside(output) as folder:
         reference, extractor = open_both(asked, images, device, folder)
         if asked.keep_reference is not None and world().main:
@@ -230,11 +230,3 @@ def spoken(say: Callable[[str], None]) -> Callable[[str], None]:
 
 def _side(size: tuple[int, int]) -> int | None:
     return size[0] if size[0] == size[1] else None
-
-
-def own_device(wanted: str) -> torch.device:
-    """This process's own device."""
-    device = pick_device(wanted)
-    return (
-        device if device.type == "cpu" else torch.device(device.type, local_rank() % torch.accelerator.device_count())
-    )

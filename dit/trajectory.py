@@ -16,7 +16,8 @@ from dit.metrics import lower_is_better
 from dit.parallel import world
 from dit.paths import Paths, write_json
 from dit.references import require_free
-from dit.scorecard import Asked, open_both, own_device, scratch_beside, spoken
+from dit.runtime import pick_device
+from dit.scorecard import Asked, open_both, scratch_beside, spoken
 from dit.scoretable import number
 from dit.setting import SampleConfig, Setting
 
@@ -42,7 +43,7 @@ def evaluate_snapshots(
         require_free(output)
         require_free(output.with_suffix(".png"))
     wanted, sample = _wanted(paths.params, setting, num_images)
-    device, rows, opened = own_device(asked.device), {}, None
+    device, rows, opened = pick_device(asked.device), {}, None
     with scratch_beside(output) as folder:
         drawn = snapshots.drawn(
             train, train.parent / "vae", wanted, sample, paths.scratch / "snapshots", device=device, say=spoken(say)
