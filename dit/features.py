@@ -20,6 +20,7 @@ from dit.imagesets import ImageSet
 from dit.parallel import world
 
 BLOCK = 256  # images; the last is shorter
+TILE = 512  # columns of a covariance that are multiplied together
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Moments:
         x = (features.cpu() if features.device.type == "mps" else features).double()  # Apple's has no float64
         mean = x.mean(dim=0)
         centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
+        return cls(len(x), mean, _gram(centred))
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both together (Chan, Golub and LeVeque, eq. 2.1)."""
@@ -48,7 +49,7 @@ class Moments:
         count = self.count + other.count
         step = other.mean - self.mean
         mean = self.mean + step * (other.count / count)
-        scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / count)
+        scatter = (self.scatter + other.scatter).addr_(step, step, alpha=self.count * other.count / count)
         return Moments(count, mean, scatter)
 
     def update(self, features: Tensor) -> "Moments":
@@ -64,6 +65,16 @@ class Moments:
 
     def cpu(self) -> "Moments":
         return Moments(self.count, self.mean.cpu(), self.scatter.cpu())
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x^T x (D, D), of which the tiles below the diagonal are not multiplied but mirrored."""
+    gram = x.new_empty(x.shape[1], x.shape[1])
+    for start in range(0, x.shape[1], TILE):
+        strip = x[:, start : start + TILE].T @ x[:, start:]
+        gram[start : start + TILE, start:] = strip
+        gram[start:, start : start + TILE] = strip.T
+    return gram
 
 
 def merged(moments: Iterable[Moments]) -> Moments:
