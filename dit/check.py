@@ -21,7 +21,8 @@ def stage_functions() -> list[Callable[..., None]]:
 def check(paths: Paths, *, files: bool = True) -> dict[str, Any]:
     """The sections of params.yaml, valid and fitting together. Raises ValueError with a line for each fault.
 
-    With `files` what they name on this disk is looked at too: train.init_from's folder, encode.features' file.
+    With `files` what they name on this disk is looked at too: train.init_from's folder, the files of encode.features and
+    of reference.
     """
     require_git(paths)
     sections = check_sections(stage_functions(), read_params(paths.params))
@@ -48,9 +49,10 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     name and that are not there, or are of no use."""
     from dit.alignment import require_alignment
     from dit.embeddings import read_header, require_source
-    from dit.evaluation import metric_names
+    from dit.evaluation import full_names, metric_names
     from dit.objective import require_objective
     from dit.setting import require_sampler
+    from dit.weights import require_weights
 
     data, vae, model, sample = (sections[name] for name in ("data", "vae", "model", "sample"))
     factor = latent_factor(vae)
@@ -72,6 +74,10 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     rules += [lambda: require_alignment(aligned, model.resolved().depth, shape, mirrored=mirrored)]
     conditional = model.condition == "embeddings" or (model.condition == "classes" and data.num_classes)
     rules += [lambda s=s: require_sampler(s, sections["objective"].name, conditional) for s in sample.settings]
+    extractor, weights = sections["reference"].extractor, sections["reference"].weights
+    if root is not None:
+        made = Paths(root).artifacts / "reference"  # then it may be that nobody needs them any more
+        rules.append(lambda: require_weights(extractor, weights and Path(weights), probe=not made.is_dir()))
     if root is not None and sections["train"].init_from is not None:
         rules.append(lambda: require_initial(sections, root, factor))
     for rule in rules:
@@ -101,11 +107,8 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
         yield "ema.sigma_rel: training keeps no power-function averages: set train.power_ema, say to [0.05, 0.1]"
     if sections["reference"].max_shift_pixels >= data.image_size // 2:
         yield f"reference.max_shift_pixels: must be below half of data.image_size, got {sections['reference'].max_shift_pixels}"
-    extractor = sections["reference"].extractor
     metrics = metric_names(bool(data.num_classes), extractor=extractor, conditional=model.condition != "none")
-    begins = {metric.partition("_")[0] for metric in metrics}  # a full name has the extractor and the count in it
-    full = "_" in register.metric and register.metric.partition("_")[0] in begins
-    if register.metric not in metrics and not full:
+    if register.metric not in {*metrics, *full_names(metrics, extractor, data, sample.num_images)}:
         yield f"register.metric: {register.metric!r} is not among the metrics: use one of {', '.join(metrics)}"
     names = [setting.name for setting in sample.settings]
     if register.setting not in names:

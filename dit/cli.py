@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dit import __version__
@@ -185,7 +187,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if over_training["snapshots"] is None:
         if over_training["setting"] is not None or over_training["num_images"] is not None:
             raise ValueError("--setting and --num-images are for --snapshots: images that are there need neither")
-        scorecard.evaluate(scorecard.Asked(**told))
+        with _one_of_several():
+            scorecard.evaluate(scorecard.Asked(**told))
         return
     unused = ("labels", "training", "heldout", "papers", "keep_reference")
     if given := [f"--{name.replace('_', '-')}" for name in unused if told[name]]:
@@ -193,9 +196,32 @@ def evaluate(options: argparse.Namespace) -> None:
     from dit import trajectory
     from dit.paths import Paths
 
-    trajectory.evaluate_snapshots(
-        scorecard.Asked(**told), *(over_training[name] for name in over_training), paths=Paths()
-    )
+    with _one_of_several():
+        trajectory.evaluate_snapshots(scorecard.Asked(**told), *over_training.values(), paths=Paths())
+
+
+@contextmanager
+def _one_of_several() -> Iterator[None]:
+    """Whoever ends, by a signal or because another process did, puts away its scratch files and says so in one line."""
+    from dit import entry
+    from dit.parallel import world
+
+    us = world()
+    try:
+        with entry.interruptible():
+            yield
+    except entry.Interrupted as error:
+        if us.main:
+            print(f"dit: {error}: no result was written", file=sys.stderr)
+        raise SystemExit(entry.INTERRUPTED) from None
+    except ValueError as error:
+        if us.main:
+            raise
+        raise ValueError(f"process {us.rank}: {error}") from None
+    except RuntimeError as error:
+        if us.size == 1 or not entry.lost_another(error):
+            raise
+        raise SystemExit(entry.INTERRUPTED) from None  # the process that ended says why
 
 
 def export_weights(options: argparse.Namespace) -> None:

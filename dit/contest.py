@@ -110,7 +110,9 @@ def rescore(
     """
     with tempfile.TemporaryDirectory(prefix="drawn-", dir=ema.parent) as folder:
         setting = redraw(ema, vae, own, candidate, sample, device, Path(folder) / "samples.npz")
-        figures = score(open_images(Path(folder) / "samples.npz"), reference, evaluate, device)
+        images = open_images(Path(folder) / "samples.npz")
+        progress = Progress("the champion is scored", images.count)
+        figures = score(images, reference, evaluate, device, place=Path(folder), progress=progress)
     if candidate.metric not in figures:
         raise Incomparable(f"it has no {candidate.metric}, since it knows no classes")
     return figures[candidate.metric], setting

@@ -3,7 +3,8 @@
 Images are compared as small pictures, by root mean square difference in grey levels. Held-out images are real and were
 never trained on: they show how near a new image of this kind comes by chance. A model whose images come nearer copies
 (arXiv 2004.05675), unless they are only smoother, and so nearer to all images: a copy is near to one training image and
-far from the next ones (arXiv 2301.13188, section 4.2). Both must hold before anyone is warned.
+far from the next ones (arXiv 2301.13188, section 4.2). Both must hold before anyone is warned. Training images count
+mirrored too, for all alike: where a model is shown mirror images, that is how it may copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ class Pair(NamedTuple):
     training: int
     distance: float  # grey levels
     exact: bool  # the same in every pixel
+    mirrored: bool  # it is the training image's mirror image that is meant
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Copies:
     num_close: int  # of the generated images nearer than half of that, by both measures
     num_close_heldout: int
     share_nearer: float  # of all pairs in which the generated image is the nearer in that comparison; 0.5 by chance
-    exact: int  # generated images that are a training image, pixel by pixel
+    exact: int  # generated images that are a training image or its mirror image, pixel by pixel
     exact_heldout: int
     share_alike: float  # of the generated images far nearer to another generated one than held-out ones are
     exact_alike: int  # generated images that are an earlier one, pixel by pixel
@@ -115,20 +117,20 @@ def check_copies(
     size only. Raises ValueError, one line, for fewer than 10 held-out or training images, 2 generated ones, and for
     sizes of which the small pictures differ.
     """
-    _refuse(generated, training, heldout)
+    require_alike(generated, training, heldout)
     ours, held = (_Looked(images, most_generated, progress) for images in (generated, heldout))
     known = _Looked(training, most_training, progress)
+    mirrors = ((2 * start, _with_mirrors(block, generated.size)) for start, block in known.blocks())
     queries = torch.cat([block for images in (ours, held) for _, block in images.blocks()]).to(device)
-    near = nearness(queries, known.blocks(), len(known.numbers))
+    near = nearness(queries, mirrors, 2 * len(known.numbers))
     n, m = len(ours.numbers), len(held.numbers)
     near_ours, near_held = (Nearness(*(values[part] for values in near)) for part in (slice(n), slice(n, None)))
     equal = min(n, m)  # the more images, the nearer the nearest: as many are compared with as many
     few = torch.from_numpy(_spread(n, equal)), n + torch.from_numpy(_spread(m, equal))
     own_ours, own_held = (nearness(queries[part], [(0, queries[part])], equal - 1, own=True) for part in few)
     alike = [int((own.distance <= CLOSE * _quantile(own_held.distance)).sum()) for own in (own_ours, own_held)]
-    place = {digest: i for i, digest in reversed(list(enumerate(known.digests)))}
-    exact = [place.get(digest) for digest in ours.digests]
-    num_exact, exact_heldout = n - exact.count(None), sum(digest in place for digest in held.digests)
+    exact, found_heldout = _exact(ours, known), _exact(held, known)
+    num_exact, exact_heldout = n - exact.count(None), m - found_heldout.count(None)
     z, _ = mann_whitney(near_ours.distance, near_held.distance)
     z_relative, share_nearer = mann_whitney(near_ours.relative, near_held.relative)
     copied, copied_held = _both(near_ours, near_held, 1.0)
@@ -152,7 +154,7 @@ def check_copies(
         exact=num_exact,
         exact_heldout=exact_heldout,
         share_alike=alike[0] / equal,
-        exact_alike=n - len(set(ours.digests)),
+        exact_alike=n - len({digest for digest, _ in ours.digests}),
         pairs=tuple(_pairs(ours, known, near_ours, exact)[:most_pairs]),
         copies=(max(z, z_relative) < SIGMAS and share_nearer > NEARER)
         or (copied / n > SHARE and _beyond_chance(copied, max(copied_held, _rank(m)), n, m))
@@ -176,7 +178,8 @@ def num_looked_at(
 
 
 def picture(copies: Copies, generated: ImageSet, training: ImageSet, columns: int = 8) -> np.ndarray:
-    """The closest pairs as one uint8 picture: a row of generated images above the training images nearest to them."""
+    """The closest pairs as one uint8 picture: a row of generated images above the training images nearest to them, which
+    are shown mirrored where they are nearest so."""
     H, W = generated.size
     down, across = (np.arange(new) * old // new for new, old in zip((H, W), training.size, strict=True))
     columns = min(columns, len(copies.pairs))
@@ -185,7 +188,8 @@ def picture(copies: Copies, generated: ImageSet, training: ImageSet, columns: in
         pairs = copies.pairs[start : start + columns]
         empty = [blank] * (columns - len(pairs))
         cells += [*(generated.take([pair.generated])[0] for pair in pairs), *empty]
-        cells += [*(training.take([pair.training])[0][down][:, across] for pair in pairs), *empty]
+        below = (training.take([pair.training])[0][down][:, across] for pair in pairs)
+        cells += [*(one[:, ::-1] if pair.mirrored else one for pair, one in zip(pairs, below, strict=True)), *empty]
     return grid(np.stack(cells), columns)
 
 
@@ -194,18 +198,19 @@ class _Looked:
 
     def __init__(self, images: ImageSet, most: int, progress: Callable[[int], None]):
         self.images, self.progress = images, progress
-        self.numbers, self.digests = _spread(images.count, most), list[bytes]()
+        self.numbers, self.digests = _spread(images.count, most), list[tuple[bytes, bytes]]()  # its mirror image's too
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(place of the first, thumbnails), as `nearest` takes them; once."""
         for start in range(0, len(self.numbers), READ):
             pixels = self.images.take(self.numbers[start : start + READ])
-            self.digests += [blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
+            self.digests += [(_digest(image), _digest(image[:, ::-1])) for image in pixels]
             yield start, thumbnails(pixels)
             self.progress(len(pixels))
 
 
-def _refuse(generated: ImageSet, training: ImageSet, heldout: ImageSet) -> None:
+def require_alike(generated: ImageSet, training: ImageSet, heldout: ImageSet) -> None:
+    """Raise ValueError where there are too few images to look for copies, or their small pictures differ in size."""
     for images, least in ((generated, 2), (training, FEWEST), (heldout, FEWEST)):
         if images.count < least:
             raise ValueError(f"{images.name}: {least} images or more are needed to look for copies, got {images.count}")
@@ -216,13 +221,32 @@ def _refuse(generated: ImageSet, training: ImageSet, heldout: ImageSet) -> None:
             )
 
 
+def _with_mirrors(block: Tensor, size: tuple[int, int]) -> Tensor:
+    """Thumbnails (n, d) -> (2n, d), each with its mirror image behind it."""
+    mirrored = block.view(len(block), 3, *thumbnail_size(size)).flip(3).flatten(1)
+    return torch.stack([block, mirrored], dim=1).flatten(0, 1)
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def _exact(images: _Looked, known: _Looked) -> list[int | None]:
+    """Of each image: its equal among the training images and their mirror images, numbered as by `_with_mirrors`."""
+    place = {digest: 2 * i for i, (digest, _) in reversed(list(enumerate(known.digests)))}
+    mirrors = ((place.get(own), place.get(mirrored)) for own, mirrored in images.digests)
+    return [own if own is not None else None if mirrored is None else mirrored + 1 for own, mirrored in mirrors]
+
+
 def _pairs(ours: _Looked, known: _Looked, near: Nearness, exact: list[int | None]) -> list[Pair]:
     """Every generated image with its nearest training image, closest first."""
     pairs = []
     for number, found, index, distance in zip(ours.numbers, exact, near.index, near.distance, strict=True):
         same = found is not None
-        nearest_one = known.numbers[found if same else int(index)]
-        pairs.append(Pair(int(number), int(nearest_one), 0.0 if same else float(distance), same))
+        place, mirrored = divmod(found if same else int(index), 2)
+        pairs.append(
+            Pair(int(number), int(known.numbers[place]), 0.0 if same else float(distance), same, bool(mirrored))
+        )
     return sorted(pairs, key=lambda pair: (not pair.exact, pair.distance))
 
 

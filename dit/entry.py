@@ -112,7 +112,7 @@ def _attempt(stage: Callable[..., None], paths: Paths, us: World, together: bool
     except Exception as error:
         if full := _disk_full(error):
             return FAILED, full
-        if us.size > 1 and _lost_another(error):
+        if us.size > 1 and lost_another(error):
             raise Interrupted("another process of this stage ended") from None
         traceback.print_exc()
         return FAILED, f"{type(error).__name__}: {error}"
@@ -142,10 +142,23 @@ def _forget_notes(outcome: Path, name: str) -> None:
         file.unlink(missing_ok=True)
 
 
-def _lost_another(error: BaseException) -> bool:
+def lost_another(error: BaseException) -> bool:
     """Whether talking to the other processes failed: one of them is gone, and tells itself why."""
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(name.startswith("torch.distributed") for name in frames)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block SIGTERM and SIGINT raise Interrupted, so that whatever must be put away is."""
+    global _signalled
+    _signalled = False
+    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

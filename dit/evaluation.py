@@ -7,8 +7,9 @@ many real images there were, and how far another draw of as many images would be
 
 import json
 import math
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from dit.features import Collected, collect
 from dit.imagesets import ImageSet
 from dit.metrics import short_count
 from dit.references import Reference, read_reference, real_features, require_match
+from dit.sources import DataConfig
 from dit.uncertainty import Interval
+from dit.weights import INCEPTION
 
 ONE_BY_ONE = ("precision", "recall", "density", "coverage", "kid")  # metrics that compare image with image
 READ = "read"  # the layer of what the judge reads an image as
@@ -43,9 +46,9 @@ class EvaluateConfig:
     training_images: int = 50_000  # at most so many are looked at for copies; 0 = no such check
 
     def __post_init__(self) -> None:
-        for name in ("nearest_k", "is_splits", "kid_subsets", "kid_subset_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("nearest_k", 1), ("is_splits", 1), ("kid_subsets", 1), ("kid_subset_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
         if self.bootstrap < 0 or self.bootstrap == 1:
@@ -93,7 +96,7 @@ def evaluate_images(
 
     Raises ValueError where there are too few images for the settings, or their features are not finite.
     """
-    if images.count < (least := max(config.nearest_k + 1, 2)):
+    if images.count < (least := fewest_images(config)):
         raise ValueError(f"{images.name}: these metrics need at least {least} images, got {images.count}")
     require_match(reference, extractor, images)
     judged = labels is not None and judge is not None and bool((labels >= 0).all())
@@ -121,17 +124,31 @@ def evaluate_images(
         wanted = torch.from_numpy(labels)
         classes = perclass.per_class(found.kept[primary], wanted, real[primary], reference.labels, shown)
     one_by_one = len(real[extractor.neighbours]) if extractor.neighbours in real else 0
-    return Evaluation(values, _records(values, spread, images, reference, extractor, config, one_by_one), infinity, classes)
+    return Evaluation(
+        values, _records(values, spread, images, reference, extractor, config, one_by_one), infinity, classes
+    )
+
+
+def fewest_images(config: EvaluateConfig) -> int:
+    """So many images have all the metrics; fewer have none."""
+    return max(config.nearest_k + 1, 2)
 
 
 def score(
-    images: ImageSet, reference: Path, config: EvaluateConfig, device: torch.device | str = "cpu"
+    images: ImageSet,
+    reference: Path,
+    config: EvaluateConfig,
+    device: torch.device | str = "cpu",
+    *,
+    place: Path | None = None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, float]:
     """The bare figures of `images`, by name, against a reference of the pipeline's in the folder `reference`; of one
-    process. Their labels are what they were drawn for."""
+    process. Their labels are what they were drawn for. Features lie in `place` meanwhile, by default among temporary
+    files."""
     known = read_reference(reference)
-    terms = {"labels": images.labels, "judge": judge_of(known), "heavy": False}
-    with tempfile.TemporaryDirectory(prefix="features-", dir=reference.parent) as folder:
+    terms = {"labels": images.labels, "judge": judge_of(known), "heavy": False, "progress": progress}
+    with tempfile.TemporaryDirectory(prefix="features-", dir=place) as folder:
         return evaluate_images(images, known, extractor_of(known, device), config, folder=Path(folder), **terms).values
 
 
@@ -140,6 +157,8 @@ def extractor_of(reference: Reference, device: torch.device | str = "cpu") -> Ex
     told = json.loads((reference.folder / "reference.json").read_text())
     weights = Path(told["weights"]) if told.get("weights") else None
     kind = told.get("extractor_kind", "classifier")
+    if reference.extractor == "inception_custom" and weights is None:
+        raise ValueError(f"{reference.folder} was made with weights of one's own: name their file (--weights)")
     return open_extractor(kind, device=device, weights=weights, folder=reference.folder)
 
 
@@ -176,23 +195,26 @@ def _figures(
         values[name], deviation = metrics.kernel_distance(
             found.kept[layer], real[layer], subsets=config.kid_subsets, subset_size=size, seed=config.seed
         )
-        spread[name] = _interval(values[name], deviation / math.sqrt(config.kid_subsets))
+        images = min(found.count, len(real[layer]))
+        spread[name] = uncertainty.subsets_interval(values[name], deviation, config.kid_subsets, size, images)
     if (layer := extractor.neighbours) in real:
         near = metrics.neighbourhoods(real[layer], found.kept[layer], config.nearest_k, device=_exact(extractor.device))
-        counts = {"precision": found.count, "recall": len(real[layer]), "density": None, "coverage": len(real[layer])}
-        for kind, images in counts.items():
+        ours, theirs = (found.count, len(real[layer])), (len(real[layer]), found.count)
+        counts = {"precision": ours, "recall": theirs, "density": None, "coverage": theirs}
+        for kind, sizes in counts.items():
             name = f"{kind}_{space}_{count}"
             values[name] = getattr(near, kind)
-            if images:
-                spread[name] = uncertainty.share_interval(values[name], images)
+            if sizes:
+                spread[name] = uncertainty.share_interval(values[name], *sizes)
     if extractor.scores:  # a rotation's classes are none: then there is no such layer
-        splits, logits = min(config.is_splits, found.count), found.kept[extractor.scores]
+        logits = found.kept[extractor.scores]
         orders = {"inception_score": "shuffled"}
-        orders |= {"inception_score_file_order": "file"} if extractor.spatial else {}  # ADM's, of Inception's logits
+        orders |= {"inception_score_file_order": "adm"} if extractor.spatial else {}  # ADM's, of Inception's logits
         for kind, order in orders.items():
             name = f"{kind}_{space}_{count}"
+            splits = _splits(name, found.count, config)
             values[name], deviation = metrics.inception_score(logits, splits, order=order, seed=config.seed)
-            spread[name] = _interval(values[name], deviation / math.sqrt(splits))
+            spread[name] = uncertainty.splits_interval(values[name], deviation, splits)
     return {name: float(value) for name, value in values.items()}, spread
 
 
@@ -242,8 +264,9 @@ def _records(
             error, low, high = spread[name]
             record |= {"standard_error": error, "interval": [low, high]}
         if name.startswith("inception_score"):
-            splits = min(config.is_splits, images.count)
-            record |= {"splits": splits, "deviation_of_splits": spread[name].standard_error * math.sqrt(splits)}
+            splits = _splits(name, images.count, config)
+            deviation = spread[name].standard_error * math.sqrt(splits - 1) if splits > 1 else 0.0
+            record |= {"splits": splits, "deviation_of_splits": deviation}
         records.append(record)
     return records
 
@@ -253,8 +276,9 @@ def _exact(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _interval(value: float, error: float) -> Interval:
-    return Interval(error, value - uncertainty.NORMAL * error, value + uncertainty.NORMAL * error)
+def _splits(metric: str, count: int, config: EvaluateConfig) -> int:
+    adm = metric.startswith("inception_score_file_order")
+    return math.ceil(count / metrics.ADM_SPLIT) if adm else min(config.is_splits, count)
 
 
 def metric_names(classes: bool, *, extractor: str = "classifier", conditional: bool = True) -> tuple[str, ...]:
@@ -262,10 +286,26 @@ def metric_names(classes: bool, *, extractor: str = "classifier", conditional: b
 
     A model that is not `conditional` on anything is not asked for a class, so there is none to agree with.
     """
-    own, inception = extractor == "classifier", extractor == "inception"
+    own, inception = extractor == "classifier", extractor in INCEPTION
     names = ("fid", "fid_pooled", "kid_pooled") if own else ("fid", "kid")
     names += ("sfid",) if inception else ()
     names += ("precision", "recall", "density", "coverage")
     names += ("inception_score",) if inception or (own and classes) else ()
     names += ("inception_score_file_order",) if inception else ()
     return (*names, "class_agreement") if classes and conditional else names
+
+
+def full_names(metrics: Iterable[str], extractor: str, data: DataConfig, count: int) -> set[str]:
+    """What metrics.json calls these metrics of `metric_names`, of so many images.
+
+    Inception's have two names each: the one is of weights other than the published ones.
+    """
+    own = f"{data.name}_{'classifier' if data.num_classes else 'rotation'}"
+    spaces = {"classifier": (own,), **dict.fromkeys(INCEPTION, ("inception", "inception_custom"))}
+    found = set()
+    for space in spaces.get(extractor, (re.sub(r"\W", "_", extractor),)):
+        for metric in metrics:
+            kind, pooled, _ = metric.partition("_pooled")
+            whole = metric if metric == "class_agreement" else f"{kind}_{space}{pooled}"
+            found.add(f"{whole}_{short_count(count)}")
+    return found

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from dit.classifier import LAYERS, MAX_SIDE, load_classifier
 from dit.inception import SIDE, WIDTHS, load_inception
 from dit.parallel import world
 from dit.paths import file_sha256
-from dit.weights import inception_weights, is_official, library_weights, weights_file
+from dit.weights import INCEPTION, inception_weights, is_official, library_weights, weights_file
 
 __all__ = [
     "Extractor",
@@ -80,15 +80,13 @@ class Extractor:
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Products in float32 to its last digit: CUDA's shorter TensorFloat-32 would change figures in the third."""
-    if device.type != "cuda":
-        yield
-        return
+    """Products in float32 to its last digit: CUDA's shorter TensorFloat-32 would change figures in the third, and so
+    would the bfloat16 that some CPUs multiply in when they are allowed to."""
     before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
     kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
     try:
-        with cudnn.flags(**kept, allow_tf32=False):
+        with cudnn.flags(**kept, allow_tf32=False) if device.type == "cuda" else nullcontext():
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -102,9 +100,11 @@ def open_extractor(
     Raises ValueError, one line, where there is no such extractor or its weights are missing or damaged.
     """
     device = torch.device(device)
-    if weights is not None and name not in ("inception", "inception-v3-compat"):
-        raise ValueError(f"reference.weights: only the extractor inception takes a file, not {name!r}: leave it out")
-    if name in ("inception", "inception-v3-compat"):
+    if weights is not None and name not in INCEPTION:
+        raise ValueError(
+            f"reference.weights (--weights): only the extractor inception takes a file, not {name!r}: leave it out"
+        )
+    if name in INCEPTION:
         return _inception(device, weights)
     if name == "random":
         return _random(device)

@@ -4,11 +4,14 @@ Mean and covariance are gathered block by block in float64 and merged exactly (C
 memory does not grow with the number of images and several processes share the work.
 """
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -126,7 +129,7 @@ def collect(
         for layer, index in indices.items():
             _file(folder, layer).unlink(missing_ok=True)  # what an earlier call kept here may still be in use
             with open(_file(folder, layer), "xb") as file:
-                file.truncate(4 * len(index) * extractor.widths[layer])
+                _reserve(file, 4 * len(index) * extractor.widths[layer])
     here.barrier()
     kept = {layer: _mapped(folder, layer, len(index), extractor.widths[layer]) for layer, index in indices.items()}
     moments: dict[str, Moments] = {}
@@ -160,6 +163,17 @@ def _read(images: ImageSet, blocks: Sequence[range]) -> Iterable[tuple[range, np
             waiting = following
         if waiting:
             yield waiting[0], waiting[1].result()
+
+
+def _reserve(file: IO[bytes], num_bytes: int) -> None:
+    """Give the file its size and its place: a disk that is full later would kill whoever writes into its memory."""
+    if num_bytes and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(error.errno, f"{error.strerror}: features take {num_bytes:,} bytes", file.name) from None
+    file.truncate(num_bytes)  # also where a file system cannot reserve
 
 
 def _file(folder: Path, layer: str) -> Path:

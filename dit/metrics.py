@@ -7,6 +7,7 @@ summed is summed in float64. Precision and recall, which compare every image wit
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from dit.neighbourhoods import check_finite
 from dit.neighbourhoods import neighbourhoods as neighbourhoods
 
 LOWER_IS_BETTER = ("fid", "sfid", "kid")
+ADM_SPLIT = 5000  # images in each of its Inception Scores
 BLOCK = 4096  # rows that are looked at together
 ROUNDING = torch.finfo(torch.float64).eps
 
@@ -92,24 +94,27 @@ def _roots_error(eigenvalues: Tensor) -> Tensor:
 
 
 def inception_score(
-    logits: Tensor, splits: int = 10, *, order: Literal["shuffled", "file"] = "shuffled", seed: int = 2020
+    logits: Tensor, splits: int = 10, *, order: Literal["shuffled", "file", "adm"] = "shuffled", seed: int = 2020
 ) -> tuple[float, float]:
     """exp E_x KL(p(y|x) || p(y)) of a classifier's logits (n, C) (arXiv 1606.03498, sec. 4): mean and deviation of splits.
 
     Of each split, p(y) is its own. "shuffled" draws the splits at random (as torch-fidelity does, from `seed`), "file"
-    takes them one after the other, as ADM's evaluator does: images that lie in order of class then score far lower.
+    takes them one after the other: images that lie in order of class then score far lower. So does "adm", in parts of
+    5,000 images however many there are (the last may be shorter), as ADM's evaluator: of 50,000 that is "file".
     Raises ValueError for fewer images than splits and logits that are not finite.
     """
     n = len(logits)
-    if not 1 <= splits <= n:
+    if not 1 <= (1 if order == "adm" else splits) <= n:
         raise ValueError(f"an inception score of {splits} splits needs at least as many images, got {n}")
-    if order not in ("shuffled", "file"):
-        raise ValueError(f"order must be shuffled or file, got {order!r}")
+    if order not in ("shuffled", "file", "adm"):
+        raise ValueError(f"order must be shuffled, file or adm, got {order!r}")
     check_finite(logits, "the images' class")
-    images = None if order == "file" else torch.from_numpy(np.random.RandomState(seed).permutation(n)).to(logits.device)
+    images = (
+        None if order != "shuffled" else torch.from_numpy(np.random.RandomState(seed).permutation(n)).to(logits.device)
+    )
     scores = []
-    for split in range(splits):
-        first, last = split * n // splits, (split + 1) * n // splits
+    bounds = [*range(0, n, ADM_SPLIT), n] if order == "adm" else [split * n // splits for split in range(splits + 1)]
+    for first, last in pairwise(bounds):
         marginal = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
         negative_entropy = 0.0
         for rows in _blocks(first, last):
@@ -141,6 +146,8 @@ def kernel_distance(
             f"KID's subset size must be at least 2 and at most the images that there are ({len(generated)} generated, "
             f"{len(real)} real), got {subset_size}"
         )
+    check_finite(generated, "the generated images'")
+    check_finite(real, "the real images'")
     random = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
@@ -148,8 +155,6 @@ def kernel_distance(
             features[torch.from_numpy(random.choice(len(features), subset_size, replace=False)).to(features.device)]
             for features in (generated, real)
         )
-        check_finite(x, "the generated images'")
-        check_finite(y, "the real images'")
         distances.append(_unbiased_mmd(x.double(), y.double().to(x.device)))
     return float(np.mean(distances)), float(np.std(distances))
 

@@ -25,9 +25,11 @@ from dit.extractors import Extractor
 from dit.features import collect
 from dit.imagesets import ImageSet, open_images
 from dit.inception import WIDTHS
+from dit.parallel import world
 from dit.paths import file_sha256, write_json
 
 Form = Literal["ours", "adm", "statistics", "images"]
+NETWORKS = ("classifier.safetensors", "judge.safetensors")  # that the stage `reference` fits, in our form's folder
 MAX_FEATURES = 10_000  # real images that are compared one by one, as many as ADM's reference holds
 
 
@@ -178,7 +180,9 @@ def real_features(
     Empty where there are statistics alone. All processes call it; where there is something to extract, every one but
     the main one is given nothing.
     """
-    if reference.features or reference.images is None:
+    if world().share(
+        bool(reference.features) or reference.images is None
+    ):  # the others may hold less than the main one
         return reference.features
     keep = dict.fromkeys(kept_layers(extractor))
     found = collect(extractor, reference.images, keep=keep, moments_of=(), folder=folder / "real", progress=progress)
@@ -198,7 +202,9 @@ def save_reference(reference: Reference, folder: Path) -> None:
     Raises ValueError where there is something at `folder` already.
     """
     require_free(folder)
-    told = {
+    source = reference.folder
+    told = json.loads((source / "reference.json").read_text()) if source else {}
+    told |= {
         "extractor": reference.extractor,
         "extractor_kind": kind_of(reference),
         "digest": reference.digest,
@@ -217,10 +223,15 @@ def save_reference(reference: Reference, folder: Path) -> None:
         tensors["labels"] = reference.labels
     folder.mkdir(parents=True)
     try:
+        for network in (source / name for name in NETWORKS) if source else ():
+            if network.is_file():
+                shutil.copyfile(network, folder / network.name)
         save_tensors(folder / "features.safetensors", tensors)
         write_json(folder / "reference.json", told)  # last: without it the folder counts for nothing
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError":  # its own word for a full disk
+            raise ValueError(f"{folder} cannot be written ({error}): free some space, or name another place") from None
         raise
 
 
@@ -242,6 +253,11 @@ def require_match(reference: Reference, extractor: Extractor, images: ImageSet) 
         raise ValueError(
             f"the reference was made with other weights of {extractor.name} ({known[:12]}) than are here "
             f"({extractor.digest[:12]}): use the same file, or make the reference again"
+        )
+    if reference.resize not in ("", extractor.resize):
+        raise ValueError(
+            f"the reference's images were resized in another way ({reference.resize}) than these would be "
+            f"({extractor.resize}): make the reference again"
         )
     side = reference.image_size
     if size := reference.images.size if reference.images is not None else side and (side, side):

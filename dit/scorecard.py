@@ -17,12 +17,12 @@ import torch
 
 from dit import __version__, papers, scoretable
 from dit.arrays import open_npy
-from dit.copies import check_copies, num_looked_at, picture
-from dit.evaluation import ONE_BY_ONE, EvaluateConfig, Evaluation, evaluate_images, extractor_of, judge_of
+from dit.copies import check_copies, num_looked_at, picture, require_alike
+from dit.evaluation import EvaluateConfig, Evaluation, evaluate_images, extractor_of, fewest_images, judge_of
 from dit.extractors import Extractor, open_extractor
 from dit.imagesets import ImageSet, open_images
 from dit.parallel import world
-from dit.paths import write_json
+from dit.paths import replacing, write_json
 from dit.progress import Progress
 from dit.references import (
     Reference,
@@ -62,6 +62,10 @@ class Asked:
     def __post_init__(self) -> None:
         if (self.training is None) != (self.heldout is None):
             raise ValueError("--training and --heldout belong together: how near is near, only unseen images tell")
+        if self.training is not None and self.training.resolve() == self.heldout.resolve():
+            raise ValueError(
+                f"--heldout: {self.heldout} is what --training names: it must hold images never trained on"
+            )
 
 
 def evaluate(asked: Asked, say: Callable[[str], None] = print) -> dict[str, Any] | None:
@@ -70,14 +74,14 @@ def evaluate(asked: Asked, say: Callable[[str], None] = print) -> dict[str, Any]
     Raises ValueError, one line, for what cannot be read, compared or written, if it can, before the work begins.
     """
     output = asked.output or Path(f"{asked.samples.resolve().name.removesuffix('.npz')}.metrics.json")
-    ours = [] if asked.output else [output, output.with_suffix(PICTURE)]  # a file that was named may be replaced
-    for path in [*ours, asked.keep_reference]:
-        if path is not None:
-            require_free(path)
+    require_places(asked, output, *([output.with_suffix(PICTURE)] if asked.training else []))
     config = EvaluateConfig(bootstrap=asked.bootstrap)
     images = open_images(asked.samples)
+    _require_enough(images, config)
     labels = _labels(asked, images)
     others = [open_images(path) for path in (asked.training, asked.heldout) if path is not None]
+    if others:
+        require_alike(images, *others)
     device = pick_device(asked.device)
     with scratch_beside(output) as folder:
         reference, extractor = open_both(asked, images, device, folder)
@@ -106,6 +110,20 @@ def evaluate(asked: Asked, say: Callable[[str], None] = print) -> dict[str, Any]
     return card
 
 
+def require_places(asked: Asked, *results: Path) -> None:
+    """Raise ValueError where a result could not be written, or would be written over something unasked: an output that
+    was named may be replaced, unless it is what the work begins with."""
+    for path in [*([] if asked.output else results), asked.keep_reference]:
+        if path is not None:
+            require_free(path)
+    read = (asked.samples, asked.reference, asked.labels, asked.weights, asked.training, asked.heldout)
+    for path in results:
+        if path.is_dir():
+            raise ValueError(f"--output: {path} is a folder: name a file in it")
+        if path.exists() and any(other.exists() and path.samefile(other) for other in read if other is not None):
+            raise ValueError(f"--output: {path} would be written over what is to be read: choose another name")
+
+
 def open_both(asked: Asked, images: ImageSet, device: torch.device, folder: Path) -> tuple[Reference, Extractor]:
     """Reference and extractor, the one as the other needs it, the reference with the features of its real images.
 
@@ -114,6 +132,10 @@ def open_both(asked: Asked, images: ImageSet, device: torch.device, folder: Path
     """
     path, form = asked.reference, reference_form(asked.reference)
     reference = read_reference(path) if form == "ours" else None
+    real = open_images(path) if form == "images" else None
+    if real is not None:  # before weights are brought, and hours of reading
+        _require_enough(real, EvaluateConfig())
+        require_size(images, real.size)
     if reference and not asked.extractor and not asked.weights:
         extractor = extractor_of(reference, device)
     else:
@@ -124,9 +146,7 @@ def open_both(asked: Asked, images: ImageSet, device: torch.device, folder: Path
             if asked.extractor or form != "images":
                 raise
             raise ValueError(f"{error}; or use --extractor random, which needs no weights") from None
-    if form == "images":
-        real = open_images(path)
-        require_size(images, real.size)  # before hours of reading
+    if real is not None:
         made = build_reference(real, extractor, folder / "real", progress=_progress("real images", real.count))
         reference = made or Reference("images", extractor.name, "", 0, {})
     elif form != "ours":
@@ -144,17 +164,9 @@ def record(
     images: ImageSet, reference: Reference, extractor: Extractor, config: EvaluateConfig, found: Evaluation
 ) -> dict[str, Any]:
     """All that is known of the figures, as JSON has it."""
-    kept = {layer: len(reference.features[layer]) for layer in reference.features}
-    one_by_one = kept.get(extractor.neighbours, 0)
-    terms = {"image_size": _side(images.size), "reference_form": reference.form}
-    terms |= {"reference_image_size": reference.image_size, "extractor": extractor.name}
-    records = []
-    for told in found.records:
-        mine = {"count": images.count, **told, **terms}
-        mine["reference_count"] = one_by_one if told["metric"].startswith(ONE_BY_ONE) else reference.count
-        if told["metric"].startswith("inception_score"):
-            mine["splits"] = min(config.is_splits, images.count)
-        records.append(mine)
+    real = reference.features
+    one_by_one = len(real[extractor.neighbours]) if extractor.neighbours in real else 0
+    side = images.size[0] if images.size[0] == images.size[1] else None
     return {
         "samples": {"name": images.name, "digest": images.digest, "count": images.count, "size": list(images.size)},
         "reference": {
@@ -163,6 +175,9 @@ def record(
             "count": reference.count,
             "one_by_one": one_by_one,
             "image_size": reference.image_size,
+            "extractor": reference.extractor,
+            "extractor_digest": reference.extractor_digest,  # null where whoever made it did not tell
+            "resize": reference.resize,
         },
         "extractor": {
             "name": extractor.name,
@@ -172,17 +187,24 @@ def record(
         },
         "settings": asdict(config),
         "metrics": found.values,
-        "records": records,
+        "records": [{**told, "image_size": side} for told in found.records],
         "infinity": found.infinity,
         "classes": {str(label): score for label, score in found.classes.items()},
         "made_with": {"dit": __version__, "torch": torch.__version__, "device": extractor.device.type},
     }
 
 
+def _require_enough(images: ImageSet, config: EvaluateConfig) -> None:
+    if images.count < (least := fewest_images(config)):
+        raise ValueError(f"{images.name}: these metrics need at least {least} images, got {images.count}: give more")
+
+
 def _labels(asked: Asked, images: ImageSet) -> np.ndarray | None:
     """The labels that were given, else the images' own. Raises ValueError where they don't fit."""
     if asked.labels is None:
         return images.labels
+    if not asked.labels.is_file():
+        raise ValueError(f"--labels: {asked.labels} is not there: name an .npy, or an .npz with `labels`")
     if asked.labels.suffix.lower() == ".npz":
         labels = read_labels(asked.labels)
     else:
@@ -199,10 +221,11 @@ def _labels(asked: Asked, images: ImageSet) -> np.ndarray | None:
 def _copies(images: ImageSet, training: ImageSet, heldout: ImageSet, output: Path) -> dict[str, Any]:
     from PIL import Image
 
-    progress = _progress("looking for copies", num_looked_at(images, training, heldout), shared=False)
+    progress = _progress("looking for copies", num_looked_at(images, training, heldout))
     found = check_copies(images, training, heldout, progress=progress)
     file = output.with_suffix(PICTURE)
-    Image.fromarray(picture(found, images, training)).save(file)
+    with replacing(file) as unfinished:
+        Image.fromarray(picture(found, images, training)).save(unfinished, format="PNG")
     return {**found.record(), "picture": file.name}
 
 
@@ -217,16 +240,11 @@ def scratch_beside(output: Path) -> Iterator[Path]:
         yield Path(world().share(folder))
 
 
-def _progress(what: str, count: int, shared: bool = True) -> Progress:
-    """Only the main process speaks, of its own share."""
-    total = len(world().mine(range(count))) if shared else count
-    return Progress(what, total, every_seconds=10.0, say=spoken(print))
+def _progress(what: str, count: int) -> Progress:
+    """Only the main process speaks, for all."""
+    return Progress(what, count, every_seconds=10.0, say=spoken(print))
 
 
 def spoken(say: Callable[[str], None]) -> Callable[[str], None]:
     """`say` at the main process, silence at the others."""
     return say if world().main else lambda line: None
-
-
-def _side(size: tuple[int, int]) -> int | None:
-    return size[0] if size[0] == size[1] else None

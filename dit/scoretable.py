@@ -47,7 +47,9 @@ def table(records: list[Mapping[str, Any]]) -> str:
         rows.append((told["metric"], number(told["value"]), interval, f"{told['count']:,}", real))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
         for row in rows
     )
 
@@ -57,14 +59,19 @@ def notes(card: Mapping[str, Any]) -> list[str]:
     lines = []
     if infinity := card.get("infinity"):
         value = card["metrics"][infinity["metric"]]
+        tends = f"{number(infinity['limit'])} (+- {number(infinity['standard_error'])} by the fit) of infinitely many"
+        if infinity["limit"] < value:
+            lines.append(
+                f"{infinity['metric']} falls as images are added: towards {tends}, so about "
+                f"{number(value - infinity['limit'])} of it is the sample's size. Compare figures of equal counts only."
+            )
+        else:
+            lines.append(f"{infinity['metric']} does not fall as images are added: the fit tends to {tends}.")
+    if (form := card["reference"]["form"]) in ("adm", "statistics"):
+        images = "that it is ADM's own is told by its form alone" if form == "adm" else "pytorch-fid's is another"
         lines.append(
-            f"{infinity['metric']} falls as images are added: towards {number(infinity['limit'])} "
-            f"(+- {number(infinity['standard_error'])} by the fit) of infinitely many, so about "
-            f"{number(value - infinity['limit'])} of it is the sample's size. Compare figures of equal counts only."
-        )
-    if card["reference"]["form"] in ("adm", "statistics"):
-        lines.append(
-            f"The reference does not say whose features its statistics are of: {card['extractor']['name']}'s are assumed."
+            f"The reference does not say whose features its statistics are of: {card['extractor']['name']}'s are assumed, "
+            f"of images resized as here ({images})."
         )
     if card["extractor"]["name"] == "random":
         lines.append("Features of random weights compare how images look, not what they show: no paper's figures.")
@@ -88,6 +95,8 @@ def notes(card: Mapping[str, Any]) -> list[str]:
 
 def number(value: float) -> str:
     """Four significant digits, and no fewer than two decimals below 1,000."""
+    if 0 < abs(value) < 0.1:
+        return f"{value:#.4g}"
     if value != value or abs(value) >= 1_000:
         return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) >= 100 else f"{value:.3f}" if abs(value) >= 10 else f"{value:.4f}"

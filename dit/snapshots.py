@@ -35,6 +35,16 @@ def snapshots(train: Path) -> list[tuple[int, Path]]:
     return kept
 
 
+def image_side(train: Path) -> int:
+    """Height and width of the pictures that a training's networks draw. Raises ValueError where config.json is torn."""
+    try:
+        return int(json.loads((train / "config.json").read_text())["image_size"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{train}/config.json is torn, or no training's (it tells no image_size): train again"
+        ) from None
+
+
 def open_snapshot(train: Path, step: int, weights: Path, device: Any = "cpu") -> Checkpoint:
     """A kept average as a network in eval mode on `device`. Raises ValueError where it does not fit config.json."""
     try:

@@ -9,15 +9,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dit import config, snapshots
 from dit.evaluation import EvaluateConfig, evaluate_images, judge_of
-from dit.imagesets import open_images
+from dit.imagesets import from_array, open_images
 from dit.metrics import lower_is_better
 from dit.parallel import world
 from dit.paths import Paths, write_json
-from dit.references import require_free
 from dit.runtime import pick_device
-from dit.scorecard import Asked, open_both, scratch_beside, spoken
+from dit.scorecard import Asked, open_both, require_places, scratch_beside, spoken
 from dit.scoretable import number
 from dit.setting import SampleConfig, Setting
 
@@ -39,18 +40,18 @@ def evaluate_snapshots(
     record; None at every process but the main one. Raises ValueError as `scorecard.evaluate` does.
     """
     output = asked.output or Path("snapshots.metrics.json")
-    if asked.output is None:
-        require_free(output)
-        require_free(output.with_suffix(".png"))
+    require_places(asked, output, output.with_suffix(".png"))
     wanted, sample = _wanted(paths.params, setting, num_images)
-    device, rows, opened = pick_device(asked.device), {}, None
+    snapshots.snapshots(train)  # so that a folder that has none is told first
+    side, device, rows = snapshots.image_side(train), pick_device(asked.device), {}
     with scratch_beside(output) as folder:
+        one = from_array(np.zeros((1, side, side, 3), np.uint8), name=f"the training in {train}")
+        reference, extractor = open_both(asked, one, device, folder)  # before hours of drawing
         drawn = snapshots.drawn(
             train, train.parent / "vae", wanted, sample, paths.scratch / "snapshots", device=device, say=spoken(say)
         )
         for step, file in drawn:
             images = open_images(file)
-            reference, extractor = opened = opened or open_both(asked, images, device, folder)
             found = evaluate_images(
                 images,
                 reference,

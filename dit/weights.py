@@ -6,7 +6,6 @@ and there is a network. The other extractors' files must be there already: see `
 
 import os
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ from dit.paths import file_sha256, replacing
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "6726825d"  # its first digits, which the name tells too
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS, PROBE_SECONDS = 30, 5
+INCEPTION = ("inception", "inception-v3-compat")  # the extractor's names: ours, and torch-fidelity's
 OWN = ("classifier", "random")  # extractors that need no published file
 
 
@@ -33,7 +33,7 @@ def weights_file(name: str) -> Path | None:
     """
     if name in OWN:
         return None
-    if name in ("inception", "inception-v3-compat"):
+    if name in INCEPTION:
         return checkpoints() / INCEPTION_FILE
     files = _library(name)
     return files[0][0] if files else None
@@ -46,12 +46,38 @@ def library_weights(name: str) -> list[Path]:
     """
     files = _library(name)
     for file, url in files:
-        if not file.is_file():
-            raise ValueError(f"reference.extractor: {name} needs the file {file}: bring it from {url}")
+        _require_there(name, file, url)
         told = re.search(r"-([0-9a-f]{8,64})\.pth$|/([0-9a-f]{64})/[^/]+$", url)  # the content's sha256, or its begin
         if told and not file_sha256(file).startswith(told[1] or told[2]):
             raise ValueError(f"reference.extractor: {file} is torn or another file: bring it from {url} again")
     return [file for file, _ in files]
+
+
+def require_weights(name: str, given: Path | None = None, *, probe: bool = True) -> None:
+    """Raise ValueError, one line, where the extractor of this name is not to be had, before any work: nothing is brought,
+    and of files no more is looked at than whether they are there. With `probe`, an address is tried."""
+    if name in OWN:
+        return
+    if name not in INCEPTION:
+        for file, url in _library(name):
+            _require_there(name, file, url)
+    elif given:
+        _require_given(Path(given).expanduser())
+    elif probe and not (checkpoints() / INCEPTION_FILE).is_file():
+        try:
+            urllib.request.urlopen(urllib.request.Request(INCEPTION_URL, method="HEAD"), timeout=PROBE_SECONDS).close()
+        except OSError as error:
+            raise _out_of_reach(INCEPTION_URL, checkpoints() / INCEPTION_FILE, error) from None
+
+
+def _require_there(name: str, file: Path, url: str) -> None:
+    if not file.is_file():
+        raise ValueError(f"reference.extractor (--extractor): {name} needs the file {file}: bring it from {url}")
+
+
+def _require_given(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"reference.weights (--weights): {file} is not there: bring it from {INCEPTION_URL}")
 
 
 def _library(name: str) -> list[tuple[Path, str]]:
@@ -62,7 +88,7 @@ def _library(name: str) -> list[tuple[Path, str]]:
     except ValueError as error:
         known = str(error).rpartition("one of ")[2]
         raise ValueError(
-            f"reference.extractor: there is no extractor {name!r}: use inception, {', '.join(OWN)} or one of {known}"
+            f"reference.extractor (--extractor): there is no extractor {name!r}: use inception, {', '.join(OWN)} or one of {known}"
         ) from None
 
 
@@ -73,8 +99,8 @@ def inception_weights(given: Path | None = None, say: Callable[[str], None] = pr
     A file that is given may be any that fits the network: whoever asks for the papers' network compares the sha256.
     """
     path = Path(given).expanduser() if given else checkpoints() / INCEPTION_FILE
-    if given and not path.is_file():
-        raise ValueError(f"reference.weights: {path} is not there: bring it from {INCEPTION_URL}")
+    if given:
+        _require_given(path)
     if not path.is_file():
         say(f"bringing {INCEPTION_URL} to {path}")
         _bring(INCEPTION_URL, path)
@@ -102,9 +128,13 @@ def _bring(url: str, path: Path) -> None:
             file.flush()
             if not is_official(sha256 := file_sha256(unfinished)):
                 raise ValueError(f"{url} gave another file (its sha256 {sha256[:8]}...) than {path} must be: try again")
-    except (OSError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ValueError(
-            f"Inception's weights {path} are missing and {url} cannot be reached ({reason}): "
-            "bring the file from there, or name it by reference.weights (--weights)"
-        ) from None
+    except OSError as error:
+        raise _out_of_reach(url, path, error) from None
+
+
+def _out_of_reach(url: str, path: Path, error: OSError) -> ValueError:
+    reason = getattr(error, "reason", None) or error
+    return ValueError(
+        f"Inception's weights {path} are missing and {url} cannot be reached ({reason}): "
+        "bring the file from there, or name it by reference.weights (--weights)"
+    )

@@ -190,6 +190,8 @@ def test_the_shipped_settings_fit_together(project):
         ),
         ("class_dropout_prob: 0.1", "class_dropout_prob: 1", "train.class_dropout_prob: 1 drops every condition"),
         ("max_shift_pixels: 2", "max_shift_pixels: 99", "reference.max_shift_pixels: must be below half"),
+        ("kid_subset_size: 100", "kid_subset_size: 1", "evaluate.kid_subset_size must be at least 2, got 1"),
+        ("bootstrap: 20", "bootstrap: 1", "evaluate.bootstrap must be 0 (none) or at least 2, got 1"),
         ("seed: 2020", "seed: -1", "evaluate.seed must be 0 to 4294967295, got -1"),
         ("num_threads: 1 ", "num_threads: 1000000 ", "run.num_threads must be at most"),
         ("betas: [0.9, 0.999]", "betas: [1.5, 0.999]", "train.betas must be at least 0 and below 1"),
@@ -260,6 +262,37 @@ def test_a_model_without_classes_has_no_metric_of_them(project):
         "'inception_score' is" in line
         for line in faults(project, **without | {"register__metric": "inception_score"}).splitlines()
     )
+
+
+def test_an_extractor_that_is_not_to_be_had_is_told_before_any_work(project, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(project / "home"))
+    release = project / "release.pth"
+    monkeypatch.setattr("dit.weights.INCEPTION_URL", release.as_uri())
+    inception = {"reference__extractor": "inception"}
+    told = faults(project, **inception)
+    assert "release.pth cannot be reached" in told and "\n" not in told
+    release.touch()
+    assert faults(project, **inception, register__metric="sfid") is None, "it will be brought"
+    assert "gone.pth is not there: bring it" in faults(project, **inception, reference__weights="gone.pth")
+    assert "there is no extractor 'resnet': use inception" in faults(project, reference__extractor="resnet")
+    assert "vgg16 needs the file" in faults(project, reference__extractor="vgg16")
+    assert faults(project, reference__extractor="random") is None
+
+
+@pytest.mark.parametrize(
+    "extractor, metric, there",
+    [
+        ("classifier", "fid_digits_classifier_pooled_1k", True),
+        ("classifier", "class_agreement_1k", True),
+        ("classifier", "fid_digits_classifier_50k", False),
+        ("classifier", "fid_inception_1k", False),
+        ("random", "kid_random_1k", True),
+        ("random", "fid_pooled", False),
+    ],
+)
+def test_a_metric_is_known_by_its_full_name_too(project, extractor, metric, there):
+    told = faults(project, reference__extractor=extractor, register__metric=metric)
+    assert (told is None) == there and (there or f"{metric!r} is not among the metrics" in told)
 
 
 def test_a_folder_to_begin_with_is_looked_at_before_any_work(project):

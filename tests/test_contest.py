@@ -88,7 +88,7 @@ def test_a_champion_without_classes_has_no_agreement_to_compare(tmp_path, monkey
     write_model(tmp_path)
     write_metrics(tmp_path, 2.0)
     candidate = read_candidate(tmp_path, [], "plain", "class_agreement", SAMPLE, EvaluateConfig())
-    monkeypatch.setattr(contest, "score", lambda *_: {f"fid_{EXTRACTOR}_12": 1.0})
+    monkeypatch.setattr(contest, "score", lambda *_, **__: {f"fid_{EXTRACTOR}_12": 1.0})
     with pytest.raises(contest.Incomparable, match="it has no class_agreement_12, since it knows no classes"):
         contest.rescore(
             *(tmp_path / p for p in ("ema", "vae")), None, candidate, SAMPLE, EvaluateConfig(), tmp_path, "cpu"

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,15 @@ import torch
 from test_classifier import QUICK, bars
 
 from dit import uncertainty
-from dit.evaluation import EvaluateConfig, evaluate_images, extractor_of, judge_of, metric_names, score
+from dit.evaluation import (
+    EvaluateConfig,
+    evaluate_images,
+    extractor_of,
+    full_names,
+    judge_of,
+    metric_names,
+    score,
+)
 from dit.extractors import open_extractor
 from dit.imagesets import from_array
 from dit.references import build_reference, read_reference
@@ -145,6 +154,14 @@ def test_a_reference_of_images_in_a_space_without_weights(tmp_path):
     assert near["fid_random_150"] < 0.2 * far["fid_random_150"]
     short = {name.rpartition("_")[0].replace("_random", "") for name in near}
     assert short == set(metric_names(True, extractor="random", conditional=False))
+
+
+def test_metrics_have_the_names_that_the_settings_are_held_against(reference):
+    named = SimpleNamespace(name="bars", num_classes=2)
+    found = figures(*bars(60, seed=2), reference)
+    assert set(found) == full_names(metric_names(True), "classifier", named, 60)
+    inceptions = full_names(metric_names(True, extractor="inception"), "inception", named, 50_000)
+    assert {"sfid_inception_50k", "inception_score_file_order_inception_custom_50k"} <= inceptions
 
 
 def test_images_of_another_size_or_space_are_refused(reference, tmp_path):

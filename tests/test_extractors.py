@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,51 @@ def test_spatial_features_are_seven_channels_by_height_width_channel(file):
     flat = spatial_features(x)[0]
     assert flat.shape == (2023,) and flat.nonzero().flatten().tolist() == [(2 * 17 + 5) * 7 + 3, 2022]
     assert flat[2022] == 2
+
+
+def hand_made(tensors):
+    """Weights that pass an image's red on, from the middle of every kernel, times a factor that tells the place."""
+    made = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if name.endswith(".conv.weight"):
+            made[name][:, 0, tensor.shape[2] // 2, tensor.shape[3] // 2] = 1
+        if name.endswith("running_var"):
+            made[name] += 1 - 1e-3  # with TensorFlow's epsilon 1
+        if name.endswith("bn.weight"):
+            made[name] += 1
+            if name.startswith("Mixed_6"):  # the first channel of a block passes on, all others are marked
+                made[name][1:] = 1000
+    made["Mixed_6d.branch1x1.bn.weight"] = torch.arange(1.0, 193)
+    return made
+
+
+def test_the_spatial_features_of_a_network_made_by_hand(file, tmp_path):
+    """By arithmetic: what stands at (h, w, channel) is the pixel that strides and windows lead to, times channel + 1.
+
+    Maximum pools take the last of three on a ramp: 2 (2 (2 (2 h + 1) + 2 + 1) + 2) + 3 and so on, 16 h + 27.
+    """
+    torch.save(hand_made(torch.load(file, weights_only=True)), tmp_path / "made.pth")
+    down, right = torch.arange(299)[:, None], torch.arange(299)
+    red = 128 + (down + 2 * right) // 8
+    images = torch.stack([red, torch.zeros_like(red), torch.zeros_like(red)])[None].to(torch.uint8)
+    told = open_extractor("inception", weights=tmp_path / "made.pth")(images)["spatial"]
+    place = 16 * torch.arange(17) + 27
+    seen = (red[place][:, place] - 128) / 128
+    by_hand = torch.tensor([float(seen[h, w]) * (c + 1) for h in range(17) for w in range(17) for c in range(7)])
+    assert told.shape == (1, 2023) and torch.allclose(told[0], by_hand, rtol=1e-5)
+
+
+def test_features_keep_all_digits_whatever_is_allowed_elsewhere():
+    seen, extractor = [], open_extractor("random")
+    watched = replace(
+        extractor, network=lambda x: seen.append(torch.get_float32_matmul_precision()) or extractor.network(x)
+    )
+    torch.set_float32_matmul_precision("medium")
+    try:
+        watched(noise(1, 8))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_spatial_layer_is_mixed_6d_branch_1x1(network, file, tmp_path):

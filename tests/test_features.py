@@ -1,10 +1,12 @@
+import errno
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit.extractors import Extractor
+from dit.extractors import Extractor, open_extractor
 from dit.features import Moments, collect, evenly, merged
 from dit.imagesets import from_array
 
@@ -43,6 +45,15 @@ def test_covariance_is_unbiased_and_float64():
     assert told.mean.dtype == told.covariance.dtype == torch.float64
     np.testing.assert_allclose(told.mean, features.double().mean(0))
     np.testing.assert_allclose(told.covariance, np.cov(features.double().numpy(), rowvar=False))
+
+
+@pytest.mark.parametrize("tile", [1, 3, 4, 10, 11])
+def test_a_covariance_in_tiles_is_that_of_the_whole(tile, monkeypatch):
+    monkeypatch.setattr("dit.features.TILE", tile)
+    features = torch.randn(30, 10, generator=torch.Generator().manual_seed(0)) + 3
+    told = Moments.of(features).covariance
+    torch.testing.assert_close(told, features.double().T.cov(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(told, told.T)
 
 
 def test_one_image_has_no_covariance_and_dimensions_must_agree():
@@ -112,3 +123,19 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     many = Lazy("many", 100_000, few.size, None, few.reader, few.digester)
     told = collect(SPACE, many, keep={"mean": 10}, folder=tmp_path, block=1000)
     assert told.count == 100_000 and max(alive) == 1000 and told.kept["mean"].shape == (10, 3)
+
+
+def test_a_full_disk_is_told_before_anything_is_written_to_it(tmp_path, monkeypatch):
+    def full(file, start, num_bytes):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    images, extractor = from_array(np.zeros((4, 8, 8, 3), np.uint8)), open_extractor("random")
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: features take 8,192 bytes.*pooled.float32"):
+        collect(extractor, images, keep={"pooled": None}, folder=tmp_path)
+    monkeypatch.setattr("os.posix_fallocate", lambda *_: reserves_nothing(), raising=False)
+    assert collect(extractor, images, keep={"pooled": None}, folder=tmp_path).kept["pooled"].shape == (4, 512)
+
+
+def reserves_nothing():
+    raise OSError(errno.EOPNOTSUPP, "this file system reserves nothing")

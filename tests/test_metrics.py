@@ -79,6 +79,12 @@ def test_frechet_of_what_never_varies_is_the_distance_of_means():
         assert frechet_distance(mean, a, mean, b) == pytest.approx(float(covariance.trace()))
 
 
+def test_frechet_of_statistics_kept_in_float32_is_reckoned_in_float64():
+    told = [[part.float() for part in gaussian(drawn(500, 64, seed))] for seed in (1, 2)]
+    doubled = [[part.double() for part in parts] for parts in told]
+    assert frechet_distance(*told[0], *told[1]) == frechet_distance(*doubled[0], *doubled[1])
+
+
 def test_frechet_is_torch_fidelity_s():
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -121,6 +127,19 @@ def test_inception_score_is_torch_fidelity_s(count, splits, order):
     assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-6, abs=1e-12)
 
 
+def test_inception_score_as_adm_s_evaluator_takes_it(monkeypatch):
+    """Parts of 5,000 images in the file's order, however many images there are; the last may be shorter."""
+    logits = drawn(12, 6, 3) * 9
+    monkeypatch.setattr("dit.metrics.ADM_SPLIT", 5)
+    parts = [inception_score(part, 1)[0] for part in (logits[:5], logits[5:10], logits[10:])]
+    assert inception_score(logits, order="adm") == pytest.approx((np.mean(parts), np.std(parts)), rel=1e-12)
+    assert inception_score(logits[:10], 7, order="adm") == pytest.approx(inception_score(logits[:10], 2, order="file"))
+    assert inception_score(logits[:3], order="adm")[0] == pytest.approx(inception_score(logits[:3], 1)[0], rel=1e-12)
+    monkeypatch.undo()
+    logits = torch.arange(10_000)[:, None] % torch.arange(1, 4) * 1.0
+    assert inception_score(logits, order="adm") == inception_score(logits, 2, order="file")
+
+
 def test_inception_score_of_sure_and_of_unsure_images():
     """As many as there are classes where each image is sure of its own; 1 where they all look alike; and in order of
     class, with as many splits, 1 again: the trap in which scores of 60 instead of 300 have been reported."""
@@ -141,7 +160,7 @@ def test_inception_score_in_blocks_is_that_of_the_whole(monkeypatch):
 def test_inception_score_refuses_what_it_cannot_score():
     with pytest.raises(ValueError, match="10 splits needs at least as many images, got 9"):
         inception_score(torch.zeros(9, 4))
-    with pytest.raises(ValueError, match="order must be shuffled or file, got 'sorted'"):
+    with pytest.raises(ValueError, match="order must be shuffled, file or adm, got 'sorted'"):
         inception_score(torch.zeros(20, 4), order="sorted")
     with pytest.raises(ValueError, match=r"features are not finite \(row 3\)"):
         inception_score(torch.zeros(20, 4).index_fill_(0, torch.tensor([3]), torch.nan))
@@ -156,6 +175,12 @@ def test_kernel_distance_is_torch_fidelity_s():
     mean, deviation = kernel_distance(a, b, subsets=8, subset_size=100, seed=11)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
     assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-5)
+
+
+def test_kernel_distance_of_float32_features_is_summed_in_float64():
+    a, b = drawn(60, 48, 4) + 30, drawn(60, 48, 5, 1.2) + 30
+    terms = {"subsets": 2, "subset_size": 50, "seed": 3}
+    assert kernel_distance(a, b, **terms) == pytest.approx(kernel_distance(a.double(), b.double(), **terms), rel=1e-12)
 
 
 def test_kernel_distance_pair_by_pair():
@@ -184,6 +209,7 @@ def test_kernel_distance_refuses_what_it_cannot_draw():
         (drawn(20, 5), 10, "have 4 dimensions and the real ones' 5"),
         (drawn(9, 4), 10, r"at most the images that there are \(20 generated, 9 real\), got 10"),
         (a * torch.nan, 10, "the real images' features are not finite"),
+        (drawn(500, 4).index_fill_(0, torch.tensor([499]), torch.nan), 2, r"not finite \(row 499\)"),  # drawn or not
         (a, 1, "at least 2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -198,4 +224,4 @@ def test_class_agreement():
 
 def test_names():
     assert [short_count(n) for n in (360, 1000, 1500, 50_000)] == ["360", "1k", "1500", "50k"]
-    assert lower_is_better("fid_x_1k") and lower_is_better("kid_x_1k") and not lower_is_better("precision_x_1k")
+    assert all(map(lower_is_better, ("fid_x_1k", "sfid_x_1k", "kid_x_1k"))) and not lower_is_better("precision_x_1k")

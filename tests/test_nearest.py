@@ -37,6 +37,20 @@ def test_a_copy_is_at_no_distance_at_all():
     assert distance[:, 0].tolist() == [0, 0] and index[:, 0].tolist() == [7, 400]
 
 
+def test_copies_of_one_image_have_a_distance_each():
+    """Rounding takes squares below 0 there."""
+    base = rows(30, 3072, 0)[torch.arange(120) % 30]
+    distance, _ = nearest(base, in_blocks(base, 50), 4)
+    assert distance.isfinite().all() and (distance[:, 0] == 0).all() and distance.max() < 5
+
+
+def test_images_that_are_nearly_alike_are_told_apart():
+    """Far from zero, the distances of these are below what their squares are rounded by."""
+    base = 200 + 1e-3 * rows(40, 3072, 0)
+    queries = base[:20] + 1e-4 * rows(20, 3072, 1)
+    assert nearest(queries, in_blocks(base, 16))[1].flatten().tolist() == list(range(20))
+
+
 def test_only_a_block_is_needed_at_a_time():
     def blocks():
         for start in range(0, 100, 10):

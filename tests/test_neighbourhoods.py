@@ -131,14 +131,16 @@ def test_each_product_is_made_once_and_only_in_float32(monkeypatch):
     assert sum(asked) < 7 * (n + m)
 
 
-def test_features_are_read_from_a_file_and_float32_products_keep_their_digits(tmp_path):
+def test_features_are_read_from_a_file_and_float32_products_keep_their_digits(tmp_path, monkeypatch):
+    seen, bounds = set(), page._bounds
+    monkeypatch.setattr(page, "_bounds", lambda a, b: seen.add(torch.get_float32_matmul_precision()) or bounds(a, b))
     real, generated = normal(60), normal(50, seed=1)
     real.numpy().tofile(tmp_path / "real")
     mapped = torch.from_file(str(tmp_path / "real"), size=real.numel(), dtype=torch.float32).view_as(real)
     torch.set_float32_matmul_precision("medium")
     try:
         assert neighbourhoods(mapped, generated, block=16) == neighbourhoods(real, generated)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
     assert neighbourhoods(real, generated, device="cpu") == neighbourhoods(real, generated)

@@ -1,5 +1,6 @@
 """References of every form: what is read is what was written, and what is damaged is refused in one line."""
 
+import hashlib
 import json
 import zipfile
 from dataclasses import replace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from dit.extractors import Extractor, open_extractor
 from dit.imagesets import from_array, open_images
+from dit.parallel import World
 from dit.references import (
     build_reference,
     read_reference,
@@ -68,10 +70,10 @@ def same(moments, expected):
 
 
 def test_a_reference_made_of_images_survives_its_file(tmp_path):
-    images, labels = pictures(), np.arange(40) % 3
+    images, labels = pictures(), np.arange(40) % 7
     made = build_reference(from_array(images, labels), tiny(), tmp_path / "features", most=10)
     assert same(made.moments, moments_of(images)) == {"pooled", "spatial"}
-    assert (made.form, made.extractor, made.count, made.image_size, made.num_classes) == ("images", "colours", 40, 8, 3)
+    assert (made.form, made.extractor, made.count, made.image_size, made.num_classes) == ("images", "colours", 40, 8, 7)
     assert made.labels.tolist() == labels[::4].tolist() and len(made.features["pooled"]) == 10
 
     save_reference(made, tmp_path / "kept")
@@ -91,6 +93,19 @@ def test_a_reference_made_of_images_survives_its_file(tmp_path):
         save_reference(made, tmp_path / "kept")
 
 
+def test_a_disk_that_fills_up_leaves_no_half_reference(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    made = build_reference(from_array(pictures()), tiny(), tmp_path / "features")
+    monkeypatch.setattr("dit.references.save_tensors", full)
+    with pytest.raises(ValueError, match="kept cannot be written .*No space left"):
+        save_reference(made, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_the_digest_names_images_and_extractor(tmp_path):
     def digest(images, extractor):
         return build_reference(from_array(images), extractor, tmp_path).digest
@@ -105,6 +120,7 @@ def test_adms_batch_gives_statistics_at_once_and_features_when_asked(tmp_path):
     read = read_reference(path, tiny())
     assert same(read.moments, moments_of(statistics_of)) == {"pooled", "spatial"}
     assert (read.form, read.count, read.image_size, len(read.features)) == ("adm", None, 8, 0)
+    assert read.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     features = real_features(read, tiny(), tmp_path / "scratch")
     expected = colours(torch.from_numpy(images).permute(0, 3, 1, 2))["pooled"]
     torch.testing.assert_close(features["pooled"], expected)
@@ -112,6 +128,19 @@ def test_adms_batch_gives_statistics_at_once_and_features_when_asked(tmp_path):
     again = read_reference(tmp_path / "kept")
     assert again.form == "adm" and again.digest == read.digest and again.image_size == 8
     assert torch.equal(again.features["pooled"], features["pooled"])
+
+
+def test_the_main_process_decides_whether_anything_is_extracted(tmp_path, monkeypatch):
+    read = read_reference(statistics_file(tmp_path / "adm.npz", pictures()), tiny())
+    told = []
+
+    class Other(World):
+        def share(self, mine):
+            told.append(mine)
+            return True  # the main process has the features
+
+    monkeypatch.setattr("dit.references.world", lambda: Other(1, 2))
+    assert real_features(read, tiny(), tmp_path / "scratch") == {} and told == [False]
 
 
 def test_real_features_lie_apart_from_others_of_the_same_layer(tmp_path):
@@ -272,6 +301,8 @@ def test_what_does_not_match_is_refused(tmp_path):
         require_match(reference, tiny(digest="1" * 64), images)
     with pytest.raises(ValueError, match="mine.npz holds images of 16 x 16 pixels, the reference of 8 x 8"):
         require_match(reference, tiny(), from_array(pictures(side=16), name="mine.npz"))
+    with pytest.raises(ValueError, match=r"resized in another way \(bicubic\) than these would be \(none\)"):
+        require_match(replace(reference, resize="bicubic"), tiny(), images)
     unknown_size = replace(reference, images=None, image_size=None)
     require_match(unknown_size, tiny(), from_array(pictures(side=16)))
     with pytest.raises(ValueError, match="needs at least 2 images, got 1"):

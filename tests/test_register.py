@@ -248,7 +248,7 @@ def test_where_the_reference_changed_the_champion_is_scored_on_the_new_one_first
     assert told["decision"] == "challenger" and told["champion_value"] == pytest.approx(expected)
     assert "scored again" in told["reasons"][0]
 
-    monkeypatch.setattr("dit.contest.score", lambda *_: pytest.fail("the champion's new figure is known already"))
+    monkeypatch.setattr("dit.contest.score", lambda *_, **__: pytest.fail("the champion's new figure is known already"))
     retrain(paths, seed=2, fid=expected * 0.99, reference=reference)  # worse than the champion's old 2.0, or not
     told = run(paths)
     assert told["decision"] == "champion" and aliases(paths) == {"champion": 3, "challenger": 2}

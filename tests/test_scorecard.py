@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +23,7 @@ from dit.references import build_reference, read_reference, save_reference
 
 ROOT = Path(__file__).parents[1]
 RANDOM = ("--extractor", "random", "--bootstrap", "0")
+COPIES = ("gen.npz", "--reference", "real.npz", "--training", "real.npz", "--heldout")
 
 
 def digits():
@@ -67,6 +70,7 @@ def frechet(a, b):
 def test_a_card_says_what_was_measured_and_on_what_terms(dit, made, tmp_path):
     code, out, err = dit("gen.npz", "--reference", "real.npz", "--extractor", "random", "--bootstrap", "4")
     assert code == 0 and err == "" and "gen.npz: 200 images of 16 x 16" in out and "no paper's figures" in out
+    assert not re.search(" $", out, re.MULTILINE)
     card = json.loads((tmp_path / "gen.metrics.json").read_text())
     extractor = open_extractor("random")
     features = [
@@ -77,7 +81,10 @@ def test_a_card_says_what_was_measured_and_on_what_terms(dit, made, tmp_path):
     for record in card["records"]:
         assert record["count"] == 200 and record["extractor_digest"] == extractor.digest
         assert (record["reference_count"], record["reference_form"], record["image_size"]) == (600, "images", 16)
-        assert record["metric"] in out and scoretable.number(record["value"]) in out
+        assert re.search(rf"^{record['metric']} +{scoretable.number(record['value'])} .* 200 +600$", out, re.MULTILINE)
+    assert card["extractor"]["official"] is False and "published weights" not in out
+    terms = (card["reference"][name] for name in ("extractor", "extractor_digest", "resize"))
+    assert tuple(terms) == (extractor.name, extractor.digest, extractor.resize)
     low, high = card["records"][0]["interval"]
     assert low < card["metrics"]["fid_random_200"] < high
     assert card["samples"]["digest"] == open_images(made / "gen.npz").digest
@@ -92,6 +99,40 @@ def test_a_result_is_not_written_over_another_unasked(dit, tmp_path):
     assert (tmp_path / "gen.metrics.json").read_text() == "mine"
     assert dit("gen.npz", "--reference", "real.npz", *RANDOM, "--output", "gen.metrics.json")[0] == 0
     assert json.loads((tmp_path / "gen.metrics.json").read_text())["metrics"]
+    (tmp_path / "gen.metrics.json").unlink()
+    (tmp_path / "gen.metrics.closest.png").write_text("mine")
+    check = ("--training", "real.npz", "--heldout", "heldout.npz")
+    assert "gen.metrics.closest.png is there already" in dit("gen.npz", "--reference", "real.npz", *RANDOM, *check)[2]
+    assert dit("gen.npz", "--reference", "real.npz", *RANDOM)[0] == 0, "no picture is made"
+    assert (tmp_path / "gen.metrics.closest.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_puts_everything_away_and_is_one_line(dit, tmp_path, monkeypatch, capsys, number):
+    def interrupted(*_, folder, **__):
+        folder.mkdir(parents=True)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("dit.scorecard.evaluate_images", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        dit("gen.npz", "--reference", "real.npz", *RANDOM)
+    assert ended.value.code == 75 and signal.getsignal(number) is before
+    assert capsys.readouterr().err == f"dit: interrupted by {number.name}: no result was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_several_processes_says_which_it_is_and_not_that_another_ended(dit, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = dit("nowhere.npz", "--reference", "real.npz", *RANDOM)
+    assert code == 2 and re.fullmatch("dit: process 1: nowhere.npz is not there.*\n", err)
+    lost = {"__name__": "torch.distributed.of_a_test"}
+    exec("def evaluate(asked): raise RuntimeError('Connection closed by peer')", lost)
+    monkeypatch.setattr("dit.scorecard.evaluate", lost["evaluate"])
+    with pytest.raises(SystemExit) as ended:
+        dit("gen.npz", "--reference", "real.npz", *RANDOM)
+    assert ended.value.code == 75 and capsys.readouterr().err == ""
 
 
 def test_a_folder_of_images_and_a_kept_reference_give_the_same_figures(dit, made, tmp_path):
@@ -167,17 +208,25 @@ def test_a_model_that_copies_is_warned_of(dit):
         (("gen.npz", "--reference", "real.npz", "--snapshots", "train"), "one of the two"),
         (("--reference", "real.npz"), "one of the two"),
         (("gen.npz", "--reference", "real.npz", "--bootstrap", "1"), "bootstrap must be 0 .* got 1"),
+        (("gen.npz", "--reference", "few.npz"), "few.npz: these metrics need at least 4 images, got 3"),
+        (("gen.npz", "--reference", "real.npz", "--labels", "no.npy"), "--labels: no.npy is not there"),
+        (("gen.npz", "--reference", "real.npz", "--output", "."), "--output: . is a folder"),
+        (("big.npz", "--reference", "real.npz", "--output", "big.npz"), "written over what is to be read"),
+        ((*COPIES, "real.npz"), "--heldout: .*real.npz is what --training names"),
+        ((*COPIES, "few.npz"), "few.npz: 10 images or more are needed to look for copies, got 3"),
+        ((*COPIES, "big.npz"), "big.npz holds images of 32 x 32 pixels, .*gen.npz of 16 x 16: to look for copies"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_line(dit, made, tmp_path, arguments, message):
-    np.savez(tmp_path / "big.npz", arr_0=np.zeros((9, 32, 32, 3), np.uint8))
+    np.savez(tmp_path / "big.npz", arr_0=np.zeros((12, 32, 32, 3), np.uint8))
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
     np.save(tmp_path / "labels.npy", np.zeros(7, np.int64))
     (tmp_path / "torn.npz").write_bytes((made / "gen.npz").read_bytes()[:5000])
     more = () if {"--extractor", "--bootstrap"} & set(arguments) else RANDOM
     random = () if "--extractor" in (*arguments, *more) else RANDOM[:2]
-    code, _, err = dit(*arguments, *more, *random)
-    assert code == 2 and err.count("\n") == 1 and err.startswith("dit: ")
+    code, out, err = dit(*arguments, *more, *random)
+    assert code == 2 and out == "", "before anything is measured"
+    assert err.count("\n") == 1 and err.startswith("dit: ")
     assert re.search(message, err), err
     assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob(".dit-*"))
 
@@ -196,6 +245,9 @@ def test_without_weights_a_way_out_is_named(dit, monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    (tmp_path / "notes.json").write_text("{}")
+    code, out, err = dit("gen.npz", "--reference", "notes.json")
+    assert code == 2 and "images come as" in err and out == "", "no weights are brought for it"
     code, _, err = dit("gen.npz", "--reference", "real.npz")
     assert code == 2 and "use --extractor random, which needs no weights" in err and err.count("\n") == 1
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
@@ -224,6 +276,26 @@ def test_the_pipelines_own_reference_brings_extractor_and_judge(dit, tmp_path):
     without = json.loads(Path("unlabelled.json").read_text())["metrics"]
     assert metrics.keys() - without.keys() == {"class_agreement_60"}
     assert "use that extractor" in dit(*arguments, "--extractor", "random", "--output", "c.json")[2]
+    keep = ("--keep-reference", "kept", "--output", "d.json")
+    assert dit(*arguments, "--labels", "asked.npy", *keep)[0] == 0
+    shutil.rmtree("reference")
+    again = ("bars.npz", "--reference", "kept", "--bootstrap", "0", "--labels", "asked.npy", "--output", "e.json")
+    assert dit(*again)[0] == 0, "what is kept needs nothing else"
+    assert json.loads(Path("e.json").read_text())["metrics"] == metrics
+
+
+def test_a_bias_is_told_only_where_there_is_one():
+    told = {"metric": "fid_random_200", "points": [], "standard_error": 0.5}
+    card = {
+        "metrics": {"fid_random_200": 3.0},
+        "reference": {"form": "images"},
+        "extractor": {"name": "tiny"},
+        "classes": {},
+        "records": [],
+    }
+    falls, rises = (scoretable.notes(card | {"infinity": told | {"limit": limit}})[0] for limit in (2.0, 4.0))
+    assert "falls as images are added: towards 2.0000" in falls and "about 1.0000 of it" in falls
+    assert rises.startswith("fid_random_200 does not fall as images are added") and "4.0000" in rises
 
 
 def test_a_sorted_file_is_told_of_and_the_score_of_a_sorted_file_is_not_compared():
@@ -246,19 +318,22 @@ def test_a_sorted_file_is_told_of_and_the_score_of_a_sorted_file_is_not_compared
 
 def test_numbers_keep_four_digits():
     shown = [scoretable.number(value) for value in (0.00123456, 0.8265, 2.27, 19.47, 278.24, 12345.6, float("nan"))]
-    assert shown == ["0.0012", "0.8265", "2.2700", "19.470", "278.24", "12345.6", "nan"]
+    assert shown == ["0.001235", "0.8265", "2.2700", "19.470", "278.24", "12345.6", "nan"]
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(made, tmp_path):
-    arguments = ["evaluate", made / "gen.npz", "--reference", made / "real.npz", *RANDOM]
+@pytest.mark.parametrize("form", ["images", "adm"])
+def test_two_processes_give_the_figures_of_one(made, tmp_path, form):
+    adm_file(tmp_path / "adm.npz", made)
+    reference = made / "real.npz" if form == "images" else tmp_path / "adm.npz"
+    arguments = ["evaluate", made / "gen.npz", "--reference", reference, *RANDOM]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     for name, start in {"one": [], "two": launcher}.items():
         command = [sys.executable, *start, "-m", "dit.cli", *arguments, "--output", tmp_path / f"{name}.json"]
         done = subprocess.run(list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("gen.npz: 200 images") == 1
+        assert done.stdout.count("gen.npz: 200 images") == 1 and "images: 200/200 images" in done.stdout
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["metrics"].keys() == two["metrics"].keys()
     for name, value in one["metrics"].items():
@@ -293,6 +368,7 @@ def test_inception_by_a_file_of_weights_and_adms_batch(dit, made, tmp_path):
     for name, layer in {"fid": "pooled", "sfid": "spatial"}.items():
         expected = distance_of(ours[layer], features[layer])
         assert card["metrics"][f"{name}_inception_custom_20"] == pytest.approx(expected, rel=1e-5)
+    assert "kept was made with weights of one's own" in dit("few.npz", "--reference", "kept", "--output", "b.json")[2]
     assert dit("few.npz", "--reference", "kept", *named, "--output", "again.json")[0] == 0
     assert json.loads(Path("again.json").read_text())["metrics"] == pytest.approx(card["metrics"], rel=1e-9)
     torch.save(random_inception(seed=1).state_dict(), tmp_path / "weights.pth")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def test_what_is_drawn_is_each_ones_own(tmp_path, told):
             seen.append(content["arr_0"])
         assert len(list((tmp_path / "drawn").iterdir())) == 1, "one at a time on the disk"
     assert len(seen) == 2 and not np.array_equal(*seen) and list((tmp_path / "drawn").iterdir()) == []
+
+
+def test_what_an_interrupted_call_drew_from_another_seed_is_not_taken(train, tmp_path):
+    place = {"train": train, "vae": train.parent / "vae", "folder": tmp_path / "drawn", "say": lambda line: None}
+    found = []
+    for seed in (0, 1, 0):
+        _, file = next(drawn(setting=WAY, config=replace(CONFIG, seed=seed), **place))  # and is interrupted there
+        found.append((file, np.load(file)["arr_0"]))
+    assert found[0][0] == found[2][0] != found[1][0] and not np.array_equal(found[0][1], found[1][1])
 
 
 def test_the_last_is_the_checkpoint_that_stage_ema_makes_of_it(train, tmp_path):

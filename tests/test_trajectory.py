@@ -1,6 +1,7 @@
 """FID over a training, from the averages that it kept."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def test_a_figure_is_the_one_that_its_images_have(root, monkeypatch):
     seen = {}
 
     def spied(images, *arguments, **named):
+        assert named["labels"] is images.labels, "what was asked for, for class agreement"
         seen[images.name] = images.read(0, images.count).copy()
         return evaluate(images, *arguments, **named)
 
@@ -74,14 +76,37 @@ def test_a_figure_is_the_one_that_its_images_have(root, monkeypatch):
         (("--setting", "nosuch"), "'nosuch' is none of sample.settings: use guided or plain"),
         (("--num-images", "3"), "--num-images must be at least 4, got 3"),
         (("--papers",), "--papers cannot be had with --snapshots"),
+        (("--output", "scratch"), "--output: scratch is a folder"),
+        (("--output", "real.npz"), "real.npz would be written over what is to be read"),
+        (("--reference", "small.npz"), "the training in artifacts/train holds images of .* the reference of 4 x 4"),
+        (("--reference", "nowhere"), "nowhere is not there"),
         (("--labels", "x.npy", "--keep-reference", "kept"), "--labels and --keep-reference cannot be had"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(root, capsys, arguments, message):
+    (root / "scratch").mkdir()
+    np.savez("small.npz", arr_0=np.zeros((9, 4, 4, 3), np.uint8))
     command = ["evaluate", "--snapshots", "artifacts/train", "--reference", "real.npz", "--extractor", "random"]
     assert cli.main([*command, *arguments]) == 2
     err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
+    assert re.search(message, err) and err.count("\n") == 1
+    assert not (root / "scratch" / "snapshots").exists(), "nothing is drawn first"
+
+
+def test_the_best_of_a_figure_is_its_highest_or_lowest_and_the_first_of_equals():
+    rows = {
+        5: {"fid_x_6": 3.0, "recall_x_6": 0.2, "kid_x_6": 1.0},
+        9: {"fid_x_6": 2.0, "recall_x_6": 0.1, "kid_x_6": 1.0},
+    }
+    assert trajectory.best(rows) == {"fid_x_6": 9, "recall_x_6": 5, "kid_x_6": 5}
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"image_size": null}'])
+def test_a_torn_training_is_refused(root, capsys, content):
+    (root / "artifacts" / "train" / "config.json").write_text(content)
+    assert cli.main(["evaluate", "--snapshots", "artifacts/train", "--reference", "real.npz", *ASKED]) == 2
+    err = capsys.readouterr().err
+    assert "artifacts/train/config.json is torn" in err and err.count("\n") == 1
 
 
 def test_a_folder_that_is_no_training_is_refused(root, capsys):

@@ -3,8 +3,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit.metrics import frechet_to
-from dit.uncertainty import at_sizes, bootstrap, default_sizes, infinity, moments, share_interval
+from dit.metrics import frechet_to, inception_score, kernel_distance
+from dit.neighbourhoods import neighbourhoods
+from dit.uncertainty import (
+    at_sizes,
+    bootstrap,
+    default_sizes,
+    infinity,
+    moments,
+    share_interval,
+    splits_interval,
+    student,
+    subsets_interval,
+)
 
 WIDTH = 8
 SHIFT, SCALE = 0.3, 1.2
@@ -135,6 +146,59 @@ def test_wilsons_interval_of_a_textbook():
     assert share_interval(0.1, 10)[1:] == pytest.approx((0.0179, 0.4042), abs=1e-4)
 
 
+def share_held(intervals, values):
+    centre = sum(values) / len(values)
+    return sum(low <= centre <= high for _, low, high in intervals) / len(values)
+
+
+@pytest.mark.parametrize(("size", "subsets"), [(100, 40), (20, 40)])
+def test_the_interval_of_a_mean_of_subsets_that_share_images(size, subsets):
+    """KID's: as if subsets were independent it would hold far too seldom, since all are of the same images."""
+    told = [
+        kernel_distance(drawn(120, s), drawn(120, s + 500) - 0.3, subsets=subsets, subset_size=size, seed=s)
+        for s in range(60)
+    ]
+    values = [mean for mean, _ in told]
+    intervals = [subsets_interval(*found, subsets, size, 120) for found in told]
+    assert share_held(intervals, values) > 0.88
+    spread = torch.tensor(values).std()
+    assert sum(error for error, *_ in intervals) / 60 < 2 * spread
+    naive = [(0, mean - 1.96 * sd / subsets**0.5, mean + 1.96 * sd / subsets**0.5) for mean, sd in told]
+    assert share_held(naive, values) < 0.7
+
+
+def test_the_interval_of_a_mean_of_splits_that_share_none():
+    logits = [4 * drawn(300, seed).float() for seed in range(150)]
+    told = [inception_score(x, 5, seed=1) for x in logits]
+    assert share_held([splits_interval(*found, 5) for found in told], [mean for mean, _ in told]) > 0.9
+    assert splits_interval(3.0, 2.0, 5) == pytest.approx((1, 3 - 2.7764, 3 + 2.7764), abs=2e-3)
+
+
+def test_the_interval_of_precision_and_recall_knows_that_both_sets_are_draws():
+    told = [neighbourhoods(drawn(300, s), drawn(100, s + 500) + 0.5) for s in range(60)]
+    for values, counts in (([x.precision for x in told], (100, 300)), ([x.recall for x in told], (300, 100))):
+        intervals = [share_interval(value, *counts) for value in values]
+        assert share_held(intervals, values) > 0.88
+        assert 0.6 < sum(error for error, *_ in intervals) / 60 / torch.tensor(values).std() < 1.6
+    assert share_held([share_interval(x.recall, 300) for x in told], [x.recall for x in told]) < 0.85
+
+
+def test_what_says_nothing_of_the_spread_has_no_interval():
+    for told in (
+        splits_interval(1.0, 0.0, 1),
+        subsets_interval(1.0, 0.1, 50, 100, 100),
+        subsets_interval(1.0, 0, 1, 9, 99),
+    ):
+        assert told == (float("inf"), -float("inf"), float("inf"))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 49])
+def test_students_quantile_is_scipys(freedom):
+    from scipy import stats
+
+    assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+
+
 def test_what_cannot_be_is_refused():
     features = drawn(20, 0)
     features[3, 2] = float("nan")
@@ -148,3 +212,5 @@ def test_what_cannot_be_is_refused():
         bootstrap(drawn(20, 0), to_standard, 1, 0)
     with pytest.raises(ValueError, match="0 to 1"):
         share_interval(1.5, 10)
+    with pytest.raises(ValueError, match="of 10 against 0"):
+        share_interval(0.5, 10, 0)

@@ -9,7 +9,10 @@ images, held against how near held-out images come to those.
 reads images with several processes.
 """
 
-import tempfile
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +20,15 @@ import numpy as np
 from PIL import Image
 
 from dit import copies, entry, runtime, tracking
-from dit.evaluation import EvaluateConfig, Evaluation, evaluate_images, extractor_of, judge_of
-from dit.grids import overview
-from dit.imagesets import ImageSet, from_array, from_shards, open_images
+from dit.evaluation import EvaluateConfig, Evaluation, evaluate_images, extractor_of, fewest_images, judge_of
+from dit.grids import overview, shown
+from dit.imagesets import ImageSet, from_shards, open_images
 from dit.parallel import world
 from dit.paths import Paths, publish, write_json
 from dit.progress import Progress
 from dit.references import read_reference
 from dit.runtime import RunConfig
-from dit.shards import load_split, read_manifest
+from dit.shards import read_manifest
 from dit.vae import Autoencoder
 
 
@@ -47,30 +50,25 @@ def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
     device = runtime.start(run)
     reference = read_reference(paths.artifacts / "reference")
     sets = {f.name: open_images(f / "samples.npz") for f in sorted((paths.artifacts / "sample").iterdir())}
-    heldout, heldout_labels = load_split(paths.artifacts / "shard", "heldout", MAX_HELDOUT)
-    reconstructed = Autoencoder.load(paths.artifacts / "vae", device).reconstruct(heldout)
-    floors = {
-        "heldout": from_array(heldout, heldout_labels, name="the held-out images"),
-        "reconstruction": from_array(reconstructed, heldout_labels, name="the reconstructed images"),
-    }
+    heldout = from_shards(paths.artifacts / "shard", "heldout", MAX_HELDOUT)
+    real = {"heldout": heldout, "reconstruction": through(Autoencoder.load(paths.artifacts / "vae", device), heldout)}
+    floors = real if heldout.count >= fewest_images(evaluate) else {}
+    if not floors:
+        print(f"no floors: {heldout.count} held-out images are too few to be measured: raise data.held_out_fraction")
     terms = {"reference": reference, "extractor": extractor_of(reference, device), "judge": judge_of(reference)}
 
     def measured(name: str, images: ImageSet, heavy: bool) -> Evaluation | None:
-        # In scratch/ and not in /tmp, which may be memory: of 50,000 images these are gigabytes.
-        with tempfile.TemporaryDirectory(prefix="features-", dir=_made(paths.scratch)) as own:
-            folder = Path(world().share(own))  # all processes write into the main one's
+        with _workplace(paths.scratch / "evaluate") as folder:
             progress = Progress(f"evaluate {name}", images.count)
-            found = evaluate_images(
+            return evaluate_images(
                 images, config=evaluate, labels=images.labels, folder=folder, progress=progress, heavy=heavy, **terms
             )
-            world().barrier()
-            return found
 
     found = {f"floor: {name}": measured(name, images, heavy=False) for name, images in floors.items()}
     found |= {name: measured(name, images, heavy=True) for name, images in sets.items()}
     if not world().main:
         return
-    copied = {name: _copies(paths, images, floors["heldout"], evaluate) for name, images in sets.items()}
+    copied = {name: _copies(paths, images, heldout, evaluate) for name, images in sets.items()}
     rows = {name: evaluation.values for name, evaluation in found.items()}
     told = {"extractor": reference.extractor, "reference": reference.digest}
     told |= {"num_images": next(iter(sets.values())).count}
@@ -85,8 +83,8 @@ def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
             folder / "details.json",
             {"settings": details, "classes": read_manifest(paths.artifacts / "shard")["classes"]},
         )
-        Image.fromarray(overview(heldout, heldout_labels)).save(folder / "real.png")
-        Image.fromarray(overview(reconstructed, heldout_labels)).save(folder / "reconstructed.png")
+        for name, images in zip(("real", "reconstructed"), real.values(), strict=True):
+            Image.fromarray(_sheet(images)).save(folder / f"{name}.png")
         for name in filter(copied.get, sets):
             Image.fromarray(copied[name].picture).save(folder / f"{name}-nearest.png")
     print(table(rows))
@@ -97,6 +95,16 @@ def evaluate(evaluate: EvaluateConfig, run: RunConfig, *, paths: Paths) -> None:
         for name in sets:
             mirror.artifact(f"samples/{name}.png", paths.artifacts / "sample" / name / "grid.png")
         mirror.artifact("evaluate/details.json", paths.artifacts / "evaluate" / "details.json")
+
+
+def through(autoencoder: Autoencoder, images: ImageSet) -> ImageSet:
+    """The images as the autoencoder gives them back, each read when it is asked for."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return autoencoder.reconstruct(images.read(start, stop))
+
+    told = f"{images.name} through the autoencoder"
+    return replace(images, name=told, reader=read, digester=lambda: f"{images.digest}-{autoencoder.digest}")
 
 
 def _copies(paths: Paths, generated: ImageSet, heldout: ImageSet, config: EvaluateConfig) -> Found | None:
@@ -112,9 +120,28 @@ def _copies(paths: Paths, generated: ImageSet, heldout: ImageSet, config: Evalua
     return Found(found, copies.picture(found, generated, training))
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _sheet(images: ImageSet) -> np.ndarray:
+    labels = np.zeros(images.count, np.int64) if images.labels is None else images.labels
+    picked = shown(labels)
+    return overview(images.take(picked), labels[picked])
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """An empty folder for all processes, which is gone afterwards, and after a killed stage when the next one comes.
+
+    It is in scratch/ and not in /tmp, which may be memory: the features of 50,000 images are gigabytes.
+    """
+    if world().main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    world().barrier()
+    try:
+        yield folder
+        world().barrier()
+    finally:
+        if world().main:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -110,10 +110,15 @@ def metrics_table(metrics: dict[str, Any], details: dict[str, Any]) -> str:
         whole = ((title, f"{name}_{counts[title]}") for title in rows)
         cells = "".join(_cell(rows[title].get(full), errors.get((title, full))) for title, full in whole)
         lines.append(f"<tr><td>{name}</td>{cells}</tr>")
+    floors = (
+        "The floors tell what the figures mean: real images that training never saw, and the same images through the "
+        "autoencoder."
+        if metrics["floors"]
+        else "There are no floors: too few images are held out."
+    )
     note = (
         f"In the feature space of {html.escape(metrics['extractor'])}: comparable with figures of the same name and "
-        "reference. The floors tell what the figures mean: real images that training never saw, and the same images "
-        "through the autoencoder. ± is one standard error: how far another draw of as many images would be expected to lie."
+        f"reference. {floors} ± is one standard error: how far another draw of as many images would be expected to lie."
     )
     return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table><p class=note>{note}</p>"
 
@@ -133,6 +138,9 @@ def trust(name: str, details: dict[str, Any], classes: list[str], at: Path) -> s
         parts.append(f"<p>{'<b>Warning.</b> ' if copied['warning'] else ''}{html.escape(copied['verdict'])}</p>")
         caption = "above: generated; below: the training image nearest to it; the closest pairs first"
         parts.append(figure(caption, (at / "evaluate" / f"{name}-nearest.png").read_bytes()))
+    else:
+        why = "evaluate.training_images is 0, or there are too few held-out images to compare with"
+        parts.append(f"<p class=note>Copies of training images were not looked for: {why}.</p>")
     return "".join(parts)
 
 
@@ -197,7 +205,8 @@ def settings(checkpoint: dict[str, Any]) -> str:
 
 
 def _cell(value: float | None, error: float | None = None) -> str:
-    shown = "" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.2g}")
+    digits = ".4f" if value is None or value == 0 or abs(value) >= 1e-3 else ".1e"  # KID's are that small
+    shown = "" if value is None else f"{value:{digits}}" + ("" if error is None else f" ± {error:.2g}")
     return f"<td class=number>{shown}</td>"
 
 
