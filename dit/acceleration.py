@@ -15,7 +15,6 @@ on a machine agree to the last bit. `torch.backends.mkldnn.flags(enabled=False)`
 """
 
 import copy
-import platform
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from dit.blocks import EPS, MLP
 from dit.embedders import PatchEmbed, unpatchify
 from dit.model import DiT, ModelConfig
+from dit.onednn import available, linear
 
 PUBLISHED = ("block", "norm", "mlp", "rotary", "qk_norm")  # the design that `Written` has: the defaults of these
 
@@ -41,25 +41,6 @@ def for_drawing(network: DiT) -> DiT:
         return network
     published = all(getattr(network.config, name) == getattr(ModelConfig, name) for name in PUBLISHED)
     return Written(network) if published else exchanged(network)
-
-
-def available() -> bool:
-    """Whether this is an x86 processor and a torch that has oneDNN, enabled."""
-    return (
-        platform.machine().lower() in ("x86_64", "amd64")
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    """x W^T + b by oneDNN, and the tanh form of GELU of it where `activation` is "gelu".
-
-    This is what torch.compile makes of such layers; there is no public name for it.
-    """
-    algorithm = "tanh" if activation == "gelu" else ""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], algorithm)
 
 
 def patch_product(x: Tensor, proj: nn.Conv2d) -> Tensor:

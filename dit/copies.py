@@ -82,6 +82,7 @@ class Copies:
             found.append(f"the model copies training images ({self.exact:,} exactly, {nearer})")
         if self.repeats:
             found.append(f"the model repeats itself ({self.share_alike:.1%} of its images resemble another)")
+        seen = f"; {self.exact_heldout:,} held-out images are training images, so these limits are too low"
         smoother = self.z < SIGMAS and not self.copies
         close = f"; {self.num_close:,} of them are so near that the closest pairs should be looked at" * bool(
             self.num_close
@@ -89,7 +90,7 @@ class Copies:
         return (
             f"{' and '.join(found) or 'no proof of copying'}: its images lie {self.distance_generated:.1f} grey levels "
             f"from their nearest training images, held-out ones {self.distance_heldout:.1f} (medians)"
-            f"{', nearer to many alike: smoother, not copied' if smoother else ''}{close}; looked at {self.num_generated:,} of "
+            f"{', nearer to many alike: smoother, not copied' if smoother else ''}{close}{seen * bool(self.exact_heldout)}; looked at {self.num_generated:,} of "
             f"{self.of_generated:,} generated, {self.num_training:,} of {self.of_training:,} training and "
             f"{self.num_heldout:,} of {self.of_heldout:,} held-out images"
         )

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit import onednn
+
 BLOCK = {"cpu": 1024, "cuda": 4096}  # rows and columns that are multiplied at a time
 MANY = 1 / 64  # above this share of undecided ones, products in float64 are cheaper than pair by pair
 SPARE = 3  # neighbours kept beyond the k-th, so that rounding seldom makes the k-th one doubtful
@@ -162,6 +164,8 @@ def _scaled(features: Tensor, centre: Tensor | None = None) -> _Scaled:
 
 def _bounds(a: _Block, b: _Block) -> Tensor:
     """Squared distances from below: |a|^2 + |b|^2 - 2ab, less both margins."""
+    if a.rows.dtype == torch.float32 and a.rows.device.type == "cpu" and onednn.available():
+        return onednn.linear(-2 * a.rows, b.rows, b.lengths).add_(a.lengths[:, None])
     return torch.addmm(b.lengths, a.rows, b.rows.T, alpha=-2).add_(a.lengths[:, None])
 
 

@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
-from dit.acceleration import Written, available, for_drawing
+from dit.acceleration import Written, for_drawing
 from dit.model import DiT, ModelConfig
+from dit.onednn import available
 
 fast = pytest.mark.skipif(not available(), reason="no faster form on this processor, or in this torch")
 DESIGNS = [

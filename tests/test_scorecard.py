@@ -395,8 +395,8 @@ def test_adms_own_samples_have_adms_own_figures(tmp_path, monkeypatch):
         "inception_score_file_order_inception_50k": (215.84, 0.05),
         "fid_inception_50k": (3.943, 0.005),
         "sfid_inception_50k": (6.140, 0.01),
-        "precision_inception_50k": (0.8265, 0.002),
-        "recall_inception_50k": (0.5309, 0.002),
+        "precision_inception_50k": (0.8265, 0.005),  # ADM's are computed in float16, up to 0.003 off
+        "recall_inception_50k": (0.5309, 0.005),
     }
     for name, (value, tolerance) in expected.items():
         assert card["metrics"][name] == pytest.approx(value, abs=tolerance), name
