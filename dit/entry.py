@@ -25,6 +25,7 @@ from typing import Any
 from dit import config
 from dit.parallel import World, world
 from dit.paths import Paths, write_json
+from dit.places import OutOfReach
 
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: run the same command again
 _STATUS = {COMPLETED: "completed", FAILED: "failed", REFUSED: "refused", INTERRUPTED: "interrupted"}
@@ -109,6 +110,8 @@ def _attempt(stage: Callable[..., None], paths: Paths, us: World, together: bool
             return REFUSED, str(error)
         traceback.print_exc()  # not what a person did wrong, but a bug of ours
         return FAILED, f"{type(error).__name__}: {error}"
+    except OutOfReach as error:
+        return FAILED, f"{error}: the same command goes on where this one stopped"
     except Exception as error:
         if full := _disk_full(error):
             return FAILED, full

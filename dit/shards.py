@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dit.sources import DataConfig, Listing, Row, Unreadable, content_hash, decode, read_content
+from dit.sources import DataConfig, Listing, Row, Source, Unreadable, content_hash, decode
 
 FORMAT = "dit-shard/1"  # change it with anything here that changes a shard's bytes
 Split = Literal["train", "heldout"]
@@ -97,7 +97,7 @@ def input_digest(block: Block, data: DataConfig) -> str:
 
 
 def write_shard(
-    path: Path, block: Block, data: DataConfig, observe: Callable[[int], None] = lambda count: None
+    path: Path, block: Block, data: DataConfig, source: Source, observe: Callable[[int], None] = lambda count: None
 ) -> list[dict[str, str]]:
     """Write a block's images to a WebDataset tar; return those that are no pictures, as [{"key", "reason"}].
 
@@ -115,7 +115,7 @@ def write_shard(
     ):
         for first in range(0, len(block.rows), 64):  # bounded: results wait in memory for their turn
             rows = block.rows[first : first + 64]
-            for row, png in zip(rows, pool.map(partial(_as_png, data), rows), strict=True):
+            for row, png in zip(rows, pool.map(partial(_as_png, data, source), rows), strict=True):
                 if isinstance(png, bytes):
                     sample = {"png": png, "cls": str(row.label).encode(), "json": json.dumps({"key": row.key}).encode()}
                     writer.write({"__key__": f"{row.generation:04d}-{row.number:08d}", **sample})
@@ -136,12 +136,14 @@ def count_classes(block: Block, quarantine: list[dict[str, str]], data: DataConf
     return counts
 
 
-def _as_png(data: DataConfig, row: Row) -> bytes | str:
+def _as_png(data: DataConfig, source: Source, row: Row) -> bytes | str:
     """The image as PNG, or the reason why there is none."""
     if not row.sha256:
         return "the file could not be read when the source was scanned"
     try:
-        content = read_content(data, row.key)
+        content = source.read(row.key)
+        if content_hash(content) != row.sha256:
+            content = source.read(row.key)  # what came over a wire may have been damaged on the way
     except OSError as error:
         raise ValueError(f"data.source: {row.key!r} changed since scan ({error.strerror}): run again") from None
     if content_hash(content) != row.sha256:

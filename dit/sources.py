@@ -1,27 +1,25 @@
 """Where images come from, and how any image file becomes a square RGB picture.
 
-A source is a set of keys; a key names bytes; the bytes, and nothing else, make a picture. Two sources exist: `digits`,
-the 1,797 handwritten digits that scikit-learn carries, and a folder of image files. The listing at the end of this page
+A source is a set of keys; a key names bytes; the bytes, and nothing else, make a picture. Sources are `digits`, the 1,797
+handwritten digits that scikit-learn carries, and image files and archives of them in a folder or on S3. The listing at the end of this page
 is what the pipeline knows of a source: content hashes, labels, and when each image was first seen.
 """
 
 import hashlib
 import io
 import json
-import os
 import re
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LABEL_FILES = (".csv", ".tsv", ".json", ".jsonl")
 COLUMNS = ["key", "bytes", "sha256", "label", "generation", "number"]
 
 
@@ -30,8 +28,8 @@ class DataConfig:
     """Which images, which of them are held out, and how they are packed."""
 
     name: str  # stands in the names of metrics: fid_<name>_classifier_1k
-    source: str  # "digits", or the path of a folder
-    labels: Literal["folder", "none"]
+    source: str  # "digits", the path of a folder or an archive, or s3://bucket/prefix
+    labels: str  # "folder", "none", or the name of a labels file in the source
     num_classes: int  # 0 where labels is none
     image_size: int  # pixels, both sides
     mirror: bool
@@ -44,10 +42,12 @@ class DataConfig:
         if not re.fullmatch(r"[a-z0-9_]+", self.name):
             raise ValueError(f"name must be of a-z, 0-9 and _ (it stands in metric names), got {self.name!r}")
         if not self.source.strip():
-            raise ValueError("source must be 'digits' or the path of a folder, got an empty text")
+            raise ValueError("source must be 'digits', a folder, an archive or s3://bucket/prefix, got an empty text")
+        if self.labels not in ("folder", "none") and not self.labels.endswith(LABEL_FILES):
+            raise ValueError(f"labels must be folder, none, or a {', '.join(LABEL_FILES)} file, got {self.labels!r}")
         if self.labels == "none" and self.num_classes != 0:
             raise ValueError(f"num_classes must be 0 where labels is none, got {self.num_classes}")
-        if self.labels == "folder" and self.num_classes < 2:
+        if self.labels != "none" and self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 (or 0 with labels: none), got {self.num_classes}")
         for name, least in (("image_size", 8), ("shard_images", 1), ("split_seed", 0)):
             if getattr(self, name) < least:
@@ -63,12 +63,13 @@ class Unreadable(ValueError):
 
 
 class Entry(NamedTuple):
-    """One image of a source, its content not yet looked at."""
+    """One image of a source."""
 
     key: str  # unique; a folder's are relative paths with slashes
     bytes: int
-    stamp: tuple[int, int, int] | None  # (bytes, mtime_ns, inode): equal means unchanged; None: nothing to go by
+    stamp: tuple[int, int, int | str] | None  # (bytes, mtime_ns, inode or ETag): equal means unchanged
     label: int  # index into the class names; 0 where there are no labels
+    sha256: str | None = None  # of the content, "" where it cannot be read; None where it was not looked at
 
 
 class Found(NamedTuple):
@@ -79,33 +80,30 @@ class Found(NamedTuple):
     others: int  # files that are no images by their name
 
 
-def list_images(data: DataConfig) -> Found:
-    """All images of the source. Raises ValueError, one line, where source and settings do not fit together."""
-    found = _list_digits(data) if data.source == "digits" else _list_folder(data)
-    if data.labels == "folder" and len(found.classes) == 1:
-        raise ValueError(
-            f"data.labels: {data.source!r} has one class only ({found.classes[0]!r}): add a sub-folder for each other "
-            "class, or set labels: none and num_classes: 0"
-        )
-    if len(found.classes) != data.num_classes:
-        shown = ", ".join(map(repr, found.classes[:5])) + (", ..." if len(found.classes) > 5 else "")
-        raise ValueError(
-            f"data.num_classes: is {data.num_classes}, but {data.source!r} has {len(found.classes)} classes "
-            f"({shown}): set num_classes: {len(found.classes)}"
-        )
-    return found
+class Source(Protocol):
+    """Keys, and the bytes that each names."""
+
+    def look(self, labels: str) -> Found:
+        """All images. Raises ValueError, one line, or OutOfReach."""
+
+    def read(self, key: str, version: str = "") -> bytes:
+        """The bytes that a key names, of that version if one is given. Raises OSError where they are not to be had."""
 
 
-def read_content(data: DataConfig, key: str) -> bytes:
-    """The bytes that a key names. Raises OSError where they are not to be had."""
-    if data.source == "digits":
+class Digits:
+    """The embedded digits: 8 x 8 grey values each."""
+
+    def look(self, labels: str) -> Found:
+        contents, numbers = _digits()
+        labelled = labels != "none"
+        images = [
+            Entry(f"digits/{index:04d}", len(content), None, label if labelled else 0)
+            for index, (content, label) in enumerate(zip(contents, numbers, strict=True))
+        ]
+        return Found(images, [str(digit) for digit in range(10)] if labelled else [], 0)
+
+    def read(self, key: str, version: str = "") -> bytes:
         return _digits()[0][int(key.removeprefix("digits/"))]
-    return (Path(data.source).expanduser() / key).read_bytes()
-
-
-def read_image(data: DataConfig, key: str) -> "Image":
-    """The picture that a key names: RGB, image_size x image_size pixels. Raises OSError or Unreadable."""
-    return decode(data, read_content(data, key))
 
 
 def decode(data: DataConfig, content: bytes) -> "Image":
@@ -177,81 +175,6 @@ def _digits() -> tuple[list[bytes], list[int]]:
         table = np.loadtxt(file, delimiter=",")  # 64 grey values 0..16 and the digit
     grey = np.rint(table[:, :64] * (255 / 16)).astype(np.uint8)
     return [row.tobytes() for row in grey], [int(label) for label in table[:, 64]]
-
-
-def _list_digits(data: DataConfig) -> Found:
-    contents, labels = _digits()
-    labelled = data.labels == "folder"
-    images = [
-        Entry(f"digits/{index:04d}", len(content), None, label if labelled else 0)
-        for index, (content, label) in enumerate(zip(contents, labels, strict=True))
-    ]
-    return Found(images, [str(digit) for digit in range(10)] if labelled else [], 0)
-
-
-def _list_folder(data: DataConfig) -> Found:
-    root = Path(data.source).expanduser()
-    if not root.exists():
-        raise ValueError(
-            f"data.source: the folder {data.source!r} is not there (seen from {Path.cwd()}): correct the path"
-        )
-    if not root.is_dir():
-        raise ValueError(f"data.source: {data.source!r} is not a folder: give the folder that holds the images")
-    files, others = [], 0
-    try:
-        for key, status in _walk(root):
-            if key.lower().endswith(SUFFIXES):
-                files.append((key, (status.st_size, status.st_mtime_ns, status.st_ino)))
-            else:
-                others += 1
-    except PermissionError as error:
-        raise ValueError(f"data.source: no permission to list {error.filename!r}: grant it, or move it away") from None
-    if not files:
-        ignored = f" ({others} other files)" if others else ""
-        raise ValueError(f"data.source: no PNG, JPEG or WebP image in {data.source!r}{ignored}: put some there")
-    files.sort()
-    _refuse_odd_names([key for key, _ in files])
-    if data.labels == "none":
-        return Found([Entry(key, stamp[0], stamp, 0) for key, stamp in files], [], others)
-    loose = [key for key, _ in files if "/" not in key]
-    if loose:
-        raise ValueError(
-            f"data.labels: {len(loose)} images ({loose[0]!r}, ...) lie directly in {data.source!r}, "
-            "not in a sub-folder per class: move them, or set labels: none and num_classes: 0"
-        )
-    classes = sorted({key.partition("/")[0] for key, _ in files})
-    index = {name: number for number, name in enumerate(classes)}
-    return Found([Entry(key, stamp[0], stamp, index[key.partition("/")[0]]) for key, stamp in files], classes, others)
-
-
-def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below `root` that is not hidden: (path relative to it, stat). Follows links, but not in circles."""
-    top = os.stat(root)
-    pending = [(str(root), "", ((top.st_dev, top.st_ino),))]
-    while pending:
-        folder, prefix, above = pending.pop()
-        with os.scandir(folder) as items:
-            for item in items:
-                if item.name.startswith("."):
-                    continue
-                try:
-                    found = item.stat()
-                except OSError:  # a link that leads nowhere, or a file deleted while we look
-                    continue
-                identity = (found.st_dev, found.st_ino)
-                if stat.S_ISREG(found.st_mode):
-                    yield prefix + item.name, found
-                elif stat.S_ISDIR(found.st_mode) and identity not in above:
-                    pending.append((item.path, f"{prefix}{item.name}/", (*above, identity)))
-
-
-def _refuse_odd_names(keys: list[str]) -> None:
-    for key in keys:
-        if not key.isascii():
-            try:
-                key.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"data.source: the file name {key!r} is not valid UTF-8: rename it") from None
 
 
 class Row(NamedTuple):

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from dit.files import list_images, read_content
 from dit.shards import held_out
-from dit.sources import DataConfig, Entry, Listing, Row, Unreadable, content_hash, decode, list_images, read_content
+from dit.sources import DataConfig, Entry, Listing, Row, Unreadable, content_hash, decode
 
 LOOKED_AT = 2_000  # images opened
 COMPARED = 50_000  # images up to which copies are looked for: beyond, every other file has another's length

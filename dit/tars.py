@@ -6,8 +6,10 @@ holds, was made by someone who meant harm or by a torn copy, and is refused.
 
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
@@ -70,9 +72,8 @@ def index_tar(path: Path) -> Index:
     labels: dict[str, int] = {}
     try:
         size = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-            for member in tar:
-                _require_harmless(path, member, size)
+        with open(path, "rb") as file:
+            for member in whole_members(str(path), file, size):
                 folder, _, name = member.name.rpartition("/")
                 key, _, extension = name.partition(".")
                 key = f"{folder}/{key}"
@@ -82,11 +83,7 @@ def index_tar(path: Path) -> Index:
                     images[key] = (member.name, member.offset_data, member.size)
                 elif member.isfile() and extension == "cls":
                     file.seek(member.offset_data)
-                    labels[key] = _label(path, member.name, file.read(min(member.size, LABEL_BYTES + 1)))
-                tar.members = []  # tarfile remembers every member it has passed
-            file.seek(tar.offset)
-            if file.read(512).strip(b"\0") or tar.offset >= size:
-                raise ValueError(f"{path} is torn (its end is missing): copy or make it again")
+                    labels[key] = read_label(str(path), member.name, file.read(min(member.size, LABEL_BYTES + 1)))
     except (OSError, EOFError, tarfile.TarError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is torn, or no uncompressed tar ({reason}): copy or make it again") from None
@@ -98,21 +95,42 @@ def index_tar(path: Path) -> Index:
     return Index([path], [name for name, _, _ in images.values()], places, told)
 
 
-def _require_harmless(path: Path, member: tarfile.TarInfo, size: int) -> None:
-    parts = PurePosixPath(member.name).parts
-    if member.name.startswith(("/", "\\")) or ".." in parts or "\\" in member.name or ":" in member.name[1:2]:
-        raise ValueError(f"{path}: {member.name!r} names a place outside of the tar: make it with plain relative names")
-    if not (member.isfile() or member.isdir()) or member.issparse():
-        raise ValueError(f"{path}: {member.name!r} is a link, a device or a sparse file: images must be plain files")
-    if member.isfile() and member.offset_data + member.size > size:
-        raise ValueError(f"{path}: {member.name!r} is torn or forged: it tells of more bytes than the tar holds")
+def whole_members(told: str, file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members of an uncompressed tar of `size` bytes, one after the other; `told` stands in messages.
+
+    Raises ValueError where one is no plain file or folder, points outside, or where the end is missing, and OSError,
+    EOFError or TarError where it is no tar.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            require_harmless(told, member.name)
+            if not (member.isfile() or member.isdir()) or member.issparse():
+                raise ValueError(
+                    f"{told}: {member.name!r} is a link, a device or a sparse file: images must be plain files"
+                )
+            if member.isfile() and member.offset_data + member.size > size:
+                raise ValueError(
+                    f"{told}: {member.name!r} is torn or forged: it tells of more bytes than the tar holds"
+                )
+            yield member
+            tar.members = []  # tarfile remembers every member it has passed
+        file.seek(tar.offset)
+        if file.read(512).strip(b"\0") or tar.offset >= size:
+            raise ValueError(f"{told} is torn (its end is missing): copy or make it again")
 
 
-def _label(path: Path, name: str, content: bytes) -> int:
+def require_harmless(told: str, name: str) -> None:
+    """Raise ValueError where the name of an archive's member could lead out of a folder."""
+    if name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name[1:2]:
+        raise ValueError(f"{told}: {name!r} names a place outside of the archive: make it with plain relative names")
+
+
+def read_label(told: str, name: str, content: bytes) -> int:
+    """The class number that a .cls member holds."""
     try:
         label = int(content.decode("ascii"))
         if 0 <= label < 1 << 62:
             return label
     except ValueError:
         pass
-    raise ValueError(f"{path}: {name} must be a whole number from 0 on, got {content[:20]!r}")
+    raise ValueError(f"{told}: {name} must be a whole number from 0 on, got {content[:20]!r}")

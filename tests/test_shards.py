@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_sources import config, encoded, picture, put
 
-from dit import shards, sources
+from dit import files, shards, sources
 from dit.paths import Paths
 from dit.shards import SPLITS, held_out, load_split, plan, read_manifest, read_shard
 from dit.sources import DataConfig, Listing, Row
@@ -185,7 +185,9 @@ def test_manifest_and_shards_tell_the_truth(project):
         for key, label, image in samples:
             row = by_place[key]
             assert label == row.label and key not in seen
-            assert np.array_equal(image, np.asarray(sources.read_image(project.data, row.key)))
+            assert np.array_equal(
+                image, np.asarray(sources.decode(project.data, files.read_content(project.data, row.key)))
+            )
             seen.add(key)
     assert len(seen) == 45
     assert json.loads((project.folder / "quarantine.json").read_text()) == []
@@ -240,7 +242,9 @@ def test_nothing_new_builds_nothing(project, capsys):
 @pytest.mark.parametrize("number", [3, 24, 44])
 def test_a_removed_or_replaced_image_leaves_no_trace(project, tmp_path, capsys, number, replace):
     victim = f"{'cat' if number < 25 else 'dog'}/{number:03d}.png"
-    traces = [encoded(sources.read_image(project.data, victim))] + ([] if replace else [victim.encode()])
+    traces = [encoded(sources.decode(project.data, files.read_content(project.data, victim)))] + (
+        [] if replace else [victim.encode()]
+    )
     before = project.tars()
     assert all(any(trace in content for content in before.values()) for trace in traces)
     if replace:
@@ -401,8 +405,8 @@ def test_shards_carry_no_metadata_and_no_time(tmp_path):
 def test_the_digits_split_is_balanced():
     data = DataConfig("digits", "digits", "folder", 10, 32, False, 0.2, 0, 512, 0.0)
     rows = [
-        Row(image.key, image.bytes, sources.content_hash(sources.read_content(data, image.key)), image.label, 0, number)
-        for number, image in enumerate(sources.list_images(data).images)
+        Row(image.key, image.bytes, sources.content_hash(files.read_content(data, image.key)), image.label, 0, number)
+        for number, image in enumerate(files.list_images(data).images)
     ]
     listing = Listing("digits", "folder", [str(digit) for digit in range(10)], rows)
     held = held_out(listing, data)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dit import sources
+from dit import files, sources
+from dit.files import Files
 from dit.paths import Paths
 from dit.sources import DataConfig, Entry, Found, Listing, Row, Unreadable
 from dit.stages.scan import scan, succeed, summary
@@ -178,20 +179,24 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     truth = load_digits()
-    found = sources.list_images(config())
+    found = files.list_images(config())
     assert [image.label for image in found.images] == truth.target.tolist()
     assert found.classes == [str(digit) for digit in range(10)]
     for index in (0, 7, 1796):
-        image = flat(sources.read_image(config(), found.images[index].key))
+        image = flat(sources.decode(config(), files.read_content(config(), found.images[index].key)))
         assert np.abs(image - truth.images[index][..., None] * 255 / 16).max() <= 0.5
-    assert sources.read_image(config(image_size=32), "digits/0003").size == (32, 32)
+    assert sources.decode(config(image_size=32), files.read_content(config(image_size=32), "digits/0003")).size == (
+        32,
+        32,
+    )
 
 
 def test_listing_a_source_needs_neither_torch_nor_sklearn():
     code = """
 import sys
 from dit.stages.scan import scan
-from dit.sources import DataConfig, list_images
+from dit.files import list_images
+from dit.sources import DataConfig
 list_images(DataConfig("digits", "digits", "folder", 10, 8, False, 0.2, 0, 100, 0.0))
 print(sorted({"torch", "sklearn", "webdataset"} & set(sys.modules)))"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -204,7 +209,7 @@ print(sorted({"torch", "sklearn", "webdataset"} & set(sys.modules)))"""
 def test_classes_are_the_sorted_sub_folders(tmp_path):
     put(tmp_path, "zebra/a.PNG", "ant/deep/er/b.jpeg", "ant/c.WebP", "ant/.hidden.png", ".git/d.png", "ant/notes.txt")
     (tmp_path / "empty").mkdir()
-    found = sources.list_images(config(source=str(tmp_path), num_classes=2))
+    found = files.list_images(config(source=str(tmp_path), num_classes=2))
     assert [(image.key, image.label) for image in found.images] == [
         ("ant/c.WebP", 0),
         ("ant/deep/er/b.jpeg", 0),
@@ -215,7 +220,7 @@ def test_classes_are_the_sorted_sub_folders(tmp_path):
 
 def test_without_labels_depth_does_not_matter(tmp_path):
     put(tmp_path, "a.png", "x/b.png", "x/y/c.png")
-    found = sources.list_images(config(source=str(tmp_path), labels="none", num_classes=0))
+    found = files.list_images(config(source=str(tmp_path), labels="none", num_classes=0))
     assert [(image.key, image.label) for image in found.images] == [("a.png", 0), ("x/b.png", 0), ("x/y/c.png", 0)]
     assert found.classes == []
 
@@ -228,7 +233,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "set/one/about").symlink_to(tmp_path / "set/two")
     (tmp_path / "set/one/self").symlink_to("self")
     (tmp_path / "set/one/gone.png").symlink_to("nowhere")
-    found = sources.list_images(config(source=str(tmp_path / "set"), num_classes=2))
+    found = files.list_images(config(source=str(tmp_path / "set"), num_classes=2))
     assert [image.key for image in found.images] == [
         "one/about/c.png",
         "one/b.png",
@@ -253,16 +258,16 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_a_folder_that_does_not_fit_is_refused_in_one_line(tmp_path, keys, changes, message):
     put(tmp_path, *keys)
     with pytest.raises(ValueError, match=message) as error:
-        sources.list_images(config(**{"source": str(tmp_path), "num_classes": 2, **changes}))
+        files.list_images(config(**{"source": str(tmp_path), "num_classes": 2, **changes}))
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data.source: the folder .*absent' is not there"):
-        sources.list_images(config(source=str(tmp_path / "absent")))
+        files.list_images(config(source=str(tmp_path / "absent")))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="data.source: .*file' is not a folder"):
-        sources.list_images(config(source=str(tmp_path / "file")))
+        files.list_images(config(source=str(tmp_path / "file")))
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
@@ -272,7 +277,7 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     with pytest.raises(ValueError, match="data.source: .* is not valid UTF-8: rename it"):
-        sources.list_images(config(source=str(tmp_path), labels="none", num_classes=0))
+        files.list_images(config(source=str(tmp_path), labels="none", num_classes=0))
 
 
 # The listing and its history
@@ -351,7 +356,7 @@ def test_known_hashes_are_remembered_until_the_file_changes(tmp_path, monkeypatc
     scan(data, paths=paths)
 
     read = []
-    monkeypatch.setattr("dit.stages.scan.read_content", lambda data, key: read.append(key) or b"other")
+    monkeypatch.setattr(Files, "read", lambda self, key, version="": read.append(key) or b"other")
     scan(data, paths=paths)
     assert read == ["young.png"]  # it may still be written to within the same time stamp
     (source / "old.png").write_bytes(b"new")
@@ -364,12 +369,12 @@ def test_a_file_that_vanishes_or_refuses_while_scanned(tmp_path, monkeypatch, ca
     put(source, "a.png", "b.png", "c.png")
     errors = {"a.png": FileNotFoundError(), "b.png": PermissionError()}
 
-    def read(data: DataConfig, key: str) -> bytes:
+    def read(self: Files, key: str, version: str = "") -> bytes:
         if key in errors:
             raise errors[key]
         return b"content"
 
-    monkeypatch.setattr("dit.stages.scan.read_content", read)
+    monkeypatch.setattr(Files, "read", read)
     scan(config(source=str(source), labels="none", num_classes=0), paths=paths)
     rows = sources.read_listing(paths.artifacts / "scan" / "listing.json").rows
     assert [(row.key, bool(row.sha256)) for row in rows] == [("b.png", False), ("c.png", True)]

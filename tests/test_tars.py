@@ -71,7 +71,7 @@ def test_several_tars_follow_each_other(tmp_path):
 )
 def test_names_that_point_outside_are_refused(tmp_path, name):
     write_tar(tmp_path / "x.tar", {"fine.png": b"x", name: b"x"})
-    with pytest.raises(ValueError, match=r"x\.tar: '.+' names a place outside of the tar") as error:
+    with pytest.raises(ValueError, match=r"x\.tar: '.+' names a place outside of the archive") as error:
         index_tar(tmp_path / "x.tar")
     assert "\n" not in str(error.value)
 

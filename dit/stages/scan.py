@@ -1,6 +1,7 @@
 """scan: what does the source hold now, and what is new since the last look?
 
-Runs every time, so it must be cheap: hashes of unchanged files are remembered. Its own last listing is its history,
+Runs every time, so it must be cheap: hashes of unchanged files are remembered, as they come, so that a first look at
+millions of them that is interrupted goes on where it stopped. Its own last listing is its history,
 from which an image has its generation and number for ever; nothing downstream runs unless the listing changed.
 """
 
@@ -14,8 +15,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from dit import entry, reuse
+from dit import entry, reuse, storage
+from dit.files import Files, list_images, open_source
 from dit.paths import Paths, write_atomic
+from dit.places import READERS, UNSETTLED_NS, Changed
 from dit.progress import Progress
 from dit.sources import (
     DataConfig,
@@ -23,24 +26,23 @@ from dit.sources import (
     Found,
     Listing,
     Row,
+    Source,
     content_hash,
     format_listing,
-    list_images,
-    read_content,
     read_listing,
 )
 
-UNSETTLED_NS = 2_000_000_000  # a file younger than this may be written again within the same time stamp
-Hashed = tuple[str, str]  # key, sha256
-READERS = 8  # files are read in parallel for the sake of slow disks; a local one gains nothing by more
+Hashed = tuple[Entry, str]  # an image and its sha256
+SAVE_SECONDS = 2.0  # at most this much is lost when the process is killed
 
 
 def scan(data: DataConfig, *, paths: Paths) -> None:
     """List the source in artifacts/scan/listing.json, which stays as it is where nothing changed."""
     file = paths.artifacts / "scan" / "listing.json"
     before = last_listing(paths, file)
-    found = list_images(data)
-    hashes = _content_hashes(data, found.images, paths.scratch / "scan")
+    source = open_source(data, memory=paths.scratch / "scan" / "archives", bucket=storage.Bucket)
+    found = list_images(data, source)
+    hashes = content_hashes(source, found.images, paths.scratch / "scan")
     listing = succeed(before, data, found, hashes)
     content = format_listing(listing)
     if before is None or file.read_bytes() != content:
@@ -104,51 +106,92 @@ def summary(before: Listing | None, listing: Listing, others: int = 0) -> str:
     return line
 
 
-def _content_hashes(data: DataConfig, images: list[Entry], scratch: Path) -> dict[str, str]:
+def content_hashes(source: Source, images: list[Entry], scratch: Path) -> dict[str, str]:
     """key -> sha256, "" where a file can't be read, no entry where it vanished meanwhile.
 
-    Hashes of files with an unchanged (path, size, mtime, inode) come from the memory that the last scan left.
+    Hashes of files with an unchanged stamp come from the memory that the last scan left, finished or not.
     """
-    source = str(Path(data.source).expanduser().resolve())
-    file = scratch / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
+    place = source.place if isinstance(source, Files) else None
+    file = scratch / f"{hashlib.sha256((place.name if place else '').encode()).hexdigest()[:16]}.json"
+    memory, journal = _remembered(file), file.with_suffix(".journal")
+    started = time.time_ns()
+    hashes = {image.key: image.sha256 for image in images if image.sha256 is not None}
+    hashes |= {image.key: memory[image.key][3] for image in images if _unchanged(image, memory.get(image.key))}
+    unknown = [image for image in images if image.key not in hashes]
+    unsettled_ns = place.unsettled_ns if place else UNSETTLED_NS
+
+    def kept(image: Entry, sha256: str | None) -> list | None:
+        settled = image.stamp and abs(started - image.stamp[1]) > unsettled_ns
+        return [*image.stamp, sha256] if settled and sha256 else None
+
+    changed: set[str] = set()  # while we looked: they are looked at again
+    if unknown:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with open(journal, "a", encoding="utf-8") as lines:
+            lines.write("\n")  # what a killed process has left may end in the midst of a line
+            saved = time.monotonic()
+            for image, sha256 in _hash_all(source, unknown, place.readers if place else READERS):
+                hashes[image.key] = sha256
+                if image.stamp is None:
+                    changed.add(image.key)
+                if row := kept(image, sha256):
+                    lines.write(json.dumps([image.key, *row]) + "\n")
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    lines.flush()
+                    saved = time.monotonic()
+    settled = {
+        image.key: row for image in images if image.key not in changed and (row := kept(image, hashes.get(image.key)))
+    }
+    if settled != memory or journal.exists():
+        write_atomic(file, json.dumps(settled, separators=(",", ":")).encode())
+        journal.unlink(missing_ok=True)
+    return hashes
+
+
+def _remembered(file: Path) -> dict[str, list]:
+    """key -> stamp and sha256: what the last finished scan left, and what unfinished ones added."""
     try:
         memory = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):
         memory = {}
-    started = time.time_ns()
-    known = {image.key: memory[image.key][3] for image in images if _unchanged(image, memory.get(image.key))}
-    unknown = [image for image in images if image.key not in known]
-    hashes = known | dict(_hash_all(data, unknown))
-    settled = {
-        image.key: [*image.stamp, hashes[image.key]]
-        for image in images
-        if image.stamp and hashes.get(image.key) and abs(started - image.stamp[1]) > UNSETTLED_NS
-    }
-    if settled != memory:
-        write_atomic(file, json.dumps(settled, separators=(",", ":")).encode())
-    return hashes
+    try:
+        with open(file.with_suffix(".journal"), "rb") as lines:
+            for line in lines:
+                try:
+                    key, *row = json.loads(line)
+                    if len(row) == 4:
+                        memory[key] = row
+                except (ValueError, TypeError):  # torn: the process was killed while it wrote
+                    continue
+    except FileNotFoundError:
+        pass
+    return memory
 
 
 def _unchanged(image: Entry, remembered: list | None) -> bool:
     return remembered is not None and image.stamp is not None and list(image.stamp) == remembered[:3]
 
 
-def _hash_all(data: DataConfig, images: list[Entry]) -> Iterator[Hashed]:
+def _hash_all(source: Source, images: list[Entry], readers: int) -> Iterator[Hashed]:
     progress = Progress("scan", len(images), say=print if len(images) >= 10_000 else lambda line: None)
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(readers) as pool:
         for first in range(0, len(images), 512):  # all at once would keep an interrupt waiting
             part = images[first : first + 512]
-            yield from filter(None, pool.map(partial(_hash, data), part))
+            yield from filter(None, pool.map(partial(_hash, source), part))
             progress(len(part))
 
 
-def _hash(data: DataConfig, image: Entry) -> Hashed | None:
+def _hash(source: Source, image: Entry) -> Hashed | None:
+    version = image.stamp[2] if image.stamp and isinstance(image.stamp[2], str) else ""
     try:
-        return image.key, content_hash(read_content(data, image.key))
+        try:
+            return image, content_hash(source.read(image.key, version))
+        except Changed:  # since it was listed: what it holds now counts, but the stamp is another's
+            return image._replace(stamp=None), content_hash(source.read(image.key))
     except FileNotFoundError:
         return None
     except OSError:
-        return image.key, ""
+        return image, ""
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from dit import entry, reuse
+from dit import entry, reuse, storage
+from dit.files import open_source
 from dit.paths import Paths, publish, write_json
 from dit.progress import Progress
 from dit.shards import SPLITS, Block, build_manifest, count_classes, input_digest, plan, write_shard
-from dit.sources import DataConfig, read_listing
+from dit.sources import DataConfig, Source, read_listing
 
 
 def shard(data: DataConfig, *, paths: Paths) -> None:
@@ -15,9 +16,10 @@ def shard(data: DataConfig, *, paths: Paths) -> None:
     listing = read_listing(paths.artifacts / "scan" / "listing.json")
     if (listing.source, listing.labels, len(listing.classes)) != (data.source, data.labels, data.num_classes):
         raise ValueError(f"data.source: the listing is of {listing.source!r} or other labels: run the scan stage again")
+    source = open_source(data, memory=paths.scratch / "scan" / "archives", bucket=storage.Bucket)
     blocks = plan(listing, data)
     with reuse.opened(paths, "shard") as index, publish(paths.artifacts / "shard", paths.scratch) as folder:
-        made, built = make_shards(folder, blocks, data, index)
+        made, built = make_shards(folder, blocks, data, source, index)
         quarantine = [bad for earlier in made.values() for bad in earlier["note"]]
         quarantine.sort(key=lambda bad: bad["key"])
         refuse_many(quarantine, len(listing.rows), data, paths.scratch / "quarantine.json")
@@ -33,7 +35,7 @@ def shard(data: DataConfig, *, paths: Paths) -> None:
 
 
 def make_shards(
-    folder: Path, blocks: list[Block], data: DataConfig, index: reuse.Index
+    folder: Path, blocks: list[Block], data: DataConfig, source: Source, index: reuse.Index
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Each block's shard under `folder`, fetched or built: (file name -> what reuse says of it, how many were built).
 
@@ -50,7 +52,7 @@ def make_shards(
     progress = Progress("shard", sum(len(block.rows) for block in missing.values()))
     for digest, block in missing.items():
         path = folder / block.file
-        note = write_shard(path, block, data, observe=progress)
+        note = write_shard(path, block, data, source, observe=progress)
         made[block.file] = reuse.remember(index, digest, path, note) if path.exists() else {"note": note}
     return made, len(missing)
 
