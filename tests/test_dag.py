@@ -155,7 +155,7 @@ def test_a_stage_whose_dvc_is_killed_does_not_run_on(scanned):
     walker = start_walker(scanned)
     dvc = next(process for process in processes_in(scanned) if "dvc" in process.cmdline()[:3])
     dvc.kill()
-    said, _ = walker.communicate(timeout=15)
+    said, _ = walker.communicate(timeout=60)
     assert said.decode().splitlines()[-1] == "interrupted" and (scanned / "scratch" / "saved").exists()
     until(lambda: not processes_in(scanned))
 

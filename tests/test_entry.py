@@ -110,7 +110,7 @@ def test_a_signal_ends_it_with_75_and_lets_it_save(toy, what, number):
     process = start(what)
     assert process.stdout.readline() == "sleeping\n"
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and outcome(folder)["status"] == "interrupted"
     assert "the same command goes on where this one stopped" in stderr and "Traceback" not in stderr
     assert (folder / "saved").exists() == (what == "step")

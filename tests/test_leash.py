@@ -40,12 +40,12 @@ def gone(pid):
 def test_output_and_exit_code_pass_through():
     leash = leashed("sh", "-c", "echo out; echo err >&2; exit 7")
     assert leash.stdout.read() == b"out\nerr\n"
-    assert leash.wait(timeout=10) == 7
+    assert leash.wait(timeout=30) == 7
 
 
 def test_a_signal_is_told_as_a_shell_does():
     leash = leashed("sh", "-c", "kill -9 $$")
-    leash.wait(timeout=10)
+    leash.wait(timeout=30)
     assert leash.returncode == 128 + signal.SIGKILL
 
 
@@ -59,7 +59,7 @@ def test_a_process_that_hid_itself_is_ended_after_a_success():
     leash = leashed("sh", "-c", f'{sys.executable} -c "{SLEEP}" & echo $!; exit 0', stderr=subprocess.DEVNULL)
     hidden = int(leash.stdout.readline())
     said = leash.stdout.read().decode()
-    assert leash.wait(timeout=10) == 0
+    assert leash.wait(timeout=30) == 0
     assert gone(hidden) and f"left behind: [{hidden}]" in said
 
 
@@ -74,7 +74,7 @@ def test_what_ignores_signals_is_killed(tmp_path):
         "2 process(es) still run after 0.3 s and get SIGTERM",
         "2 process(es) still run after 0.6 s and get SIGKILL; DIT_SAVE_SECONDS gives more time to save",
     ]
-    assert leash.wait(timeout=10) == 128 + signal.SIGKILL
+    assert leash.wait(timeout=30) == 128 + signal.SIGKILL
     assert all(gone(pid) for pid in pids)
 
 
@@ -121,7 +121,7 @@ def test_a_stage_gets_the_time_that_was_set(tmp_path):
         assert leash.stdout.readline() == b"ready\n" and not (tmp_path / "saved").exists()
         leash.stdin.close()
         leash.stdout.close()
-        assert leash.wait(timeout=10) == code
+        assert leash.wait(timeout=30) == code
     assert (tmp_path / "saved").exists()
 
 
@@ -136,7 +136,7 @@ def test_each_process_gets_an_interrupt_once(tmp_path):
     leash.stdin.close()
     assert leash.stdout.read() == b"interrupted\n"
     leash.stdout.close()
-    assert leash.wait(timeout=10) == 3
+    assert leash.wait(timeout=30) == 3
 
 
 def test_a_command_may_go_on_speaking_when_nobody_listens_any_more(tmp_path):
@@ -151,7 +151,7 @@ def test_a_command_may_go_on_speaking_when_nobody_listens_any_more(tmp_path):
     leash.stdout.readline()
     leash.stdout.close()
     leash.stdin.close()
-    leash.wait(timeout=10)
+    leash.wait(timeout=30)
     assert (tmp_path / "saved").exists()
 
 

@@ -119,13 +119,13 @@ def tell(root, **todo):
     (root / "scratch" / "pid").unlink(missing_ok=True)
 
 
-def train_started(root, seconds=20):
+def train_started(root, seconds=60):
     """Wait until the train stage works; returns its process number."""
     until(lambda: (root / "scratch" / "pid").exists(), seconds)
     return int((root / "scratch" / "pid").read_text())
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     """Wait for something; an error if it takes longer."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
