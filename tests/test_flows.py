@@ -190,7 +190,7 @@ def test_a_run_in_a_process_of_its_own_ends_with_all_it_started(server, toy, num
     train_started(toy, seconds=60)
     flow.send_signal(number)
     assert flow.wait(timeout=90) == (130 if number == signal.SIGINT else -number)
-    until(lambda: not processes_in(toy), seconds=8)
+    until(lambda: not processes_in(toy), seconds=30)
     assert (toy / "scratch" / "saved").exists()
 
 
