@@ -72,6 +72,23 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", dest="as_json", help="for programs")
     command.set_defaults(run=info)
 
+    _add_evaluate(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print("\n".join(f"dit: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `dit preset | head`
+        sys.stderr.close()
+        return 1
+    except OSError as error:  # of a place that cannot be written or read
+        print(f"dit: {error.filename}: {error.strerror}" if error.filename else f"dit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("evaluate", help="FID and its like of any images, and of a training's snapshots")
     command.add_argument("samples", nargs="?", type=Path, help="an .npz (arr_0), .npy, folder of images, or .tar files")
     command.add_argument(
@@ -97,20 +114,6 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--setting", help="of sample.settings, for --snapshots; default: the first")
     command.add_argument("--num-images", type=int, metavar="N", help="for --snapshots; default: sample.num_images")
     command.set_defaults(run=evaluate)
-
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except ValueError as error:
-        print("\n".join(f"dit: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `dit preset | head`
-        sys.stderr.close()
-        return 1
-    except OSError as error:  # of a place that cannot be written or read
-        print(f"dit: {error.filename}: {error.strerror}" if error.filename else f"dit: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def check(options: argparse.Namespace) -> None:

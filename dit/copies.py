@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit.features import evenly
 from dit.grids import grid
 from dit.imagesets import ImageSet
 from dit.nearest import Nearness, fisher, mann_whitney, nearness, thumbnail_size, thumbnails
@@ -29,6 +30,7 @@ NEARER = 0.65  # ... or this share of all pairs in which the generated image is 
 CHANCE, SIGMAS = 1e-3, -4.0  # what is no chance
 FEWEST = 10  # held-out and training images, to say anything
 READ = 256  # images at a time
+MOST_GENERATED, MOST_TRAINING = 5_000, 100_000  # images that are looked at, unless more are asked for
 
 
 class Pair(NamedTuple):
@@ -82,17 +84,18 @@ class Copies:
             found.append(f"the model copies training images ({self.exact:,} exactly, {nearer})")
         if self.repeats:
             found.append(f"the model repeats itself ({self.share_alike:.1%} of its images resemble another)")
-        seen = f"; {self.exact_heldout:,} held-out images are training images, so these limits are too low"
-        smoother = self.z < SIGMAS and not self.copies
-        close = f"; {self.num_close:,} of them are so near that the closest pairs should be looked at" * bool(
-            self.num_close
-        )
+        remarks = ""
+        if self.z < SIGMAS and not self.copies:
+            remarks += ", nearer to many alike: smoother, not copied"
+        if self.num_close:
+            remarks += f"; {self.num_close:,} of them are so near that the closest pairs should be looked at"
+        if self.exact_heldout:
+            remarks += f"; {self.exact_heldout:,} held-out images are training images, so these limits are too low"
         return (
             f"{' and '.join(found) or 'no proof of copying'}: its images lie {self.distance_generated:.1f} grey levels "
-            f"from their nearest training images, held-out ones {self.distance_heldout:.1f} (medians)"
-            f"{', nearer to many alike: smoother, not copied' if smoother else ''}{close}{seen * bool(self.exact_heldout)}; looked at {self.num_generated:,} of "
-            f"{self.of_generated:,} generated, {self.num_training:,} of {self.of_training:,} training and "
-            f"{self.num_heldout:,} of {self.of_heldout:,} held-out images"
+            f"from their nearest training images, held-out ones {self.distance_heldout:.1f} (medians){remarks}; looked at "
+            f"{self.num_generated:,} of {self.of_generated:,} generated, {self.num_training:,} of {self.of_training:,} "
+            f"training and {self.num_heldout:,} of {self.of_heldout:,} held-out images"
         )
 
     def record(self) -> dict[str, Any]:
@@ -106,8 +109,8 @@ def check_copies(
     training: ImageSet,
     heldout: ImageSet,
     *,
-    most_generated: int = 5_000,
-    most_training: int = 100_000,
+    most_generated: int = MOST_GENERATED,
+    most_training: int = MOST_TRAINING,
     most_pairs: int = 16,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
@@ -127,7 +130,7 @@ def check_copies(
     n, m = len(ours.numbers), len(held.numbers)
     near_ours, near_held = (Nearness(*(values[part] for values in near)) for part in (slice(n), slice(n, None)))
     equal = min(n, m)  # the more images, the nearer the nearest: as many are compared with as many
-    few = torch.from_numpy(_spread(n, equal)), n + torch.from_numpy(_spread(m, equal))
+    few = torch.from_numpy(evenly(n, equal)), n + torch.from_numpy(evenly(m, equal))
     own_ours, own_held = (nearness(queries[part], [(0, queries[part])], equal - 1, own=True) for part in few)
     alike = [int((own.distance <= CLOSE * _quantile(own_held.distance)).sum()) for own in (own_ours, own_held)]
     exact, found_heldout = _exact(ours, known), _exact(held, known)
@@ -169,8 +172,8 @@ def num_looked_at(
     generated: ImageSet,
     training: ImageSet,
     heldout: ImageSet,
-    most_generated: int = 5_000,
-    most_training: int = 100_000,
+    most_generated: int = MOST_GENERATED,
+    most_training: int = MOST_TRAINING,
 ) -> int:
     """How many images `check_copies` reads."""
     return sum(min(images.count, most_generated) for images in (generated, heldout)) + min(
@@ -199,7 +202,7 @@ class _Looked:
 
     def __init__(self, images: ImageSet, most: int, progress: Callable[[int], None]):
         self.images, self.progress = images, progress
-        self.numbers, self.digests = _spread(images.count, most), list[tuple[bytes, bytes]]()  # its mirror image's too
+        self.numbers, self.digests = evenly(images.count, most), list[tuple[bytes, bytes]]()  # its mirror image's too
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(place of the first, thumbnails), as `nearest` takes them; once."""
@@ -269,9 +272,3 @@ def _rank(count: int) -> int:
 def _quantile(values: Tensor) -> float:
     """The smallest value that 1% of the values do not exceed."""
     return float(values.sort().values[_rank(len(values)) - 1])
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-    """At most `most` of the numbers below `count`, evenly spread."""
-    kept = min(count, most)
-    return np.arange(kept) * count // kept

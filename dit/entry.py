@@ -71,7 +71,7 @@ def run(stage: Callable[..., None], paths: Paths, *, together: bool = False) -> 
     if us.main:
         sys.stdout.reconfigure(line_buffering=True)
     else:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115: as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process lives)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     try:

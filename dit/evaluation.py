@@ -96,8 +96,7 @@ def evaluate_images(
 
     Raises ValueError where there are too few images for the settings, or their features are not finite.
     """
-    if images.count < (least := fewest_images(config)):
-        raise ValueError(f"{images.name}: these metrics need at least {least} images, got {images.count}")
+    require_enough(images, config)
     require_match(reference, extractor, images)
     judged = labels is not None and judge is not None and bool((labels >= 0).all())
     keep = dict.fromkeys({*extractor.frechet.values(), extractor.neighbours, extractor.kernel[1]})
@@ -127,6 +126,12 @@ def evaluate_images(
     return Evaluation(
         values, _records(values, spread, images, reference, extractor, config, one_by_one), infinity, classes
     )
+
+
+def require_enough(images: ImageSet, config: EvaluateConfig) -> None:
+    """Raise ValueError where there are too few images for the metrics."""
+    if images.count < (least := fewest_images(config)):
+        raise ValueError(f"{images.name}: these metrics need at least {least} images, got {images.count}: give more")
 
 
 def fewest_images(config: EvaluateConfig) -> int:
@@ -252,7 +257,7 @@ def _records(
     config: EvaluateConfig,
     one_by_one: int,
 ) -> list[dict[str, Any]]:
-    terms = {"count": images.count, "image_size": list(images.size), "extractor": extractor.name}
+    terms = {"count": images.count, "image_size": images.side, "extractor": extractor.name}
     terms |= {"extractor_digest": extractor.digest, "extractor_official": extractor.official}
     terms |= {"resize": extractor.resize, "reference": reference.digest, "reference_form": reference.form}
     terms |= {"reference_image_size": reference.image_size}

@@ -16,15 +16,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit import torchvision_cpu
-from dit.classifier import LAYERS, MAX_SIDE, load_classifier
+from dit.classifier import MAX_SIDE, load_classifier
 from dit.inception import SIDE, WIDTHS, load_inception
 from dit.parallel import world
 from dit.paths import file_sha256
@@ -35,7 +33,6 @@ __all__ = [
     "open_extractor",
     "classifier_extractor",
     "random_kernels",
-    "registered_extractor",
     "weights_file",
 ]
 
@@ -235,40 +232,3 @@ def _library(name: str, device: torch.device) -> Extractor:
 
 def _large_images(device: torch.device) -> int:
     return 16 if device.type == "cpu" else 128  # 299 x 299: more are no faster, and each takes 5 MiB and more
-
-
-def registered_extractor(name: str, weights: Path) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The classifier as torch-fidelity's feature extractor: uint8 (N, 3, S, S) -> features by layer.
-
-    It is in torch-fidelity's registry from then on, so that `calculate_metrics(feature_extractor=name)` finds it too.
-    """
-    torchvision_cpu.prepare()
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-    from torch_fidelity.utils import create_feature_extractor
-
-    class Registered(FeatureExtractorBase):
-        def __init__(self, name: str, features_list: list[str], **_: Any):
-            super().__init__(name, features_list)
-            self.classifier = load_classifier(weights)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return LAYERS
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return {"isc": "logits", "kid": "pooled"}.get(metric, "hidden")
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            features = self.classifier(images)
-            return tuple(features[layer] for layer in self.features_list)
-
-    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
-    register_feature_extractor(name, Registered)
-    extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False)
-    return lambda images: extractor.convert_features_tuple_to_dict(extractor(images))

@@ -47,6 +47,11 @@ class ImageSet:
         """
         return self.digester()
 
+    @property
+    def side(self) -> int | None:
+        """Of square images; None where they are not square."""
+        return self.size[0] if self.size[0] == self.size[1] else None
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images `start` to `stop`, uint8 (stop - start, H, W, 3). Raises ValueError, one line, where one is damaged."""
         assert 0 <= start <= stop <= self.count, (start, stop, self.count)

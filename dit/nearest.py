@@ -5,7 +5,6 @@ sets could be chance; both count, and assume nothing of how distances are distri
 """
 
 from collections.abc import Iterable
-from math import exp, lgamma
 from typing import NamedTuple
 
 import numpy as np
@@ -93,11 +92,6 @@ def mann_whitney(ours: Tensor, others: Tensor) -> tuple[float, float]:
 
 def fisher(ours: int, n: int, others: int, m: int) -> float:
     """Fisher's exact test (1922): the chance that of `ours + others`, drawn from n + m alike, `ours` or more are of the n."""
+    from scipy.stats import hypergeom
 
-    def log_choices(count: int, taken: int) -> float:
-        return lgamma(count + 1) - lgamma(taken + 1) - lgamma(count - taken + 1)
-
-    drawn = ours + others
-    possible = range(max(ours, drawn - m), min(drawn, n) + 1)
-    every = log_choices(n + m, drawn)
-    return min(sum(exp(log_choices(n, i) + log_choices(m, drawn - i) - every) for i in possible), 1.0)
+    return float(hypergeom.sf(ours - 1, n + m, n, ours + others))

@@ -122,7 +122,7 @@ def read_reference(path: Path, extractor: Extractor | None = None) -> Reference:
         digest=file_sha256(path),
         num_classes=0 if labels is None else int(labels.max()) + 1,
         moments=found,
-        image_size=_side(images),
+        image_size=images.side if images else None,
         resize=extractor.resize if extractor else "",
         labels=labels,
         images=images,
@@ -156,7 +156,7 @@ def build_reference(
         moments={layer: (moments.mean, moments.covariance) for layer, moments in found.moments.items()},
         extractor_digest=extractor.digest,
         count=images.count,
-        image_size=_side(images),
+        image_size=images.side,
         resize=extractor.resize,
         features=found.kept,
         labels=labels,
@@ -315,7 +315,3 @@ def _open_tensors(file: Path) -> Any:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is missing or torn ({error}): run the stage `reference`") from None
-
-
-def _side(images: ImageSet | None) -> int | None:
-    return images.size[0] if images is not None and images.size[0] == images.size[1] else None

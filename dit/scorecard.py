@@ -18,7 +18,7 @@ import torch
 from dit import __version__, papers, scoretable
 from dit.arrays import open_npy
 from dit.copies import check_copies, num_looked_at, picture, require_alike
-from dit.evaluation import EvaluateConfig, Evaluation, evaluate_images, extractor_of, fewest_images, judge_of
+from dit.evaluation import EvaluateConfig, Evaluation, evaluate_images, extractor_of, judge_of, require_enough
 from dit.extractors import Extractor, open_extractor
 from dit.imagesets import ImageSet, open_images
 from dit.parallel import world
@@ -77,7 +77,7 @@ def evaluate(asked: Asked, say: Callable[[str], None] = print) -> dict[str, Any]
     require_places(asked, output, *([output.with_suffix(PICTURE)] if asked.training else []))
     config = EvaluateConfig(bootstrap=asked.bootstrap)
     images = open_images(asked.samples)
-    _require_enough(images, config)
+    require_enough(images, config)
     labels = _labels(asked, images)
     others = [open_images(path) for path in (asked.training, asked.heldout) if path is not None]
     if others:
@@ -134,7 +134,7 @@ def open_both(asked: Asked, images: ImageSet, device: torch.device, folder: Path
     reference = read_reference(path) if form == "ours" else None
     real = open_images(path) if form == "images" else None
     if real is not None:  # before weights are brought, and hours of reading
-        _require_enough(real, EvaluateConfig())
+        require_enough(real, EvaluateConfig())
         require_size(images, real.size)
     if reference and not asked.extractor and not asked.weights:
         extractor = extractor_of(reference, device)
@@ -166,7 +166,6 @@ def record(
     """All that is known of the figures, as JSON has it."""
     real = reference.features
     one_by_one = len(real[extractor.neighbours]) if extractor.neighbours in real else 0
-    side = images.size[0] if images.size[0] == images.size[1] else None
     return {
         "samples": {"name": images.name, "digest": images.digest, "count": images.count, "size": list(images.size)},
         "reference": {
@@ -187,16 +186,11 @@ def record(
         },
         "settings": asdict(config),
         "metrics": found.values,
-        "records": [{**told, "image_size": side} for told in found.records],
+        "records": found.records,
         "infinity": found.infinity,
         "classes": {str(label): score for label, score in found.classes.items()},
         "made_with": {"dit": __version__, "torch": torch.__version__, "device": extractor.device.type},
     }
-
-
-def _require_enough(images: ImageSet, config: EvaluateConfig) -> None:
-    if images.count < (least := fewest_images(config)):
-        raise ValueError(f"{images.name}: these metrics need at least {least} images, got {images.count}: give more")
 
 
 def _labels(asked: Asked, images: ImageSet) -> np.ndarray | None:

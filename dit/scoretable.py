@@ -1,6 +1,6 @@
 """A scorecard as people read it: the figures with their intervals, then what has to be known about them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit import papers
@@ -45,6 +45,11 @@ def table(records: list[Mapping[str, Any]]) -> str:
         real = "" if told["metric"].startswith(("inception_score", "class_agreement")) else told["reference_count"]
         real = "unknown" if real is None else real if real == "" else f"{real:,}"
         rows.append((told["metric"], number(told["value"]), interval, f"{told['count']:,}", real))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -19,7 +19,7 @@ from dit.parallel import world
 from dit.paths import Paths, write_json
 from dit.runtime import pick_device
 from dit.scorecard import Asked, open_both, require_places, scratch_beside, spoken
-from dit.scoretable import number
+from dit.scoretable import aligned, number
 from dit.setting import SampleConfig, Setting
 
 PLOTTED = ("fid", "sfid", "precision", "recall")
@@ -96,11 +96,7 @@ def table(rows: dict[int, dict[str, float]]) -> str:
         lines.append(
             (name, *(number(values[name]) + (" *" if step == winner else "  ") for step, values in rows.items()))
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def _wanted(params: Path, name: str | None, num_images: int | None) -> tuple[Setting, SampleConfig]:

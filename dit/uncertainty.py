@@ -117,7 +117,8 @@ def bootstrap(
     Each replica draws N of the N features with replacement, as whole-number weights. A resampled set is poorer than the
     set itself, its distances are biased upwards a second time: only their spread is taken, and the interval is centred
     on the estimate, `estimate -+ 1.96 standard errors`, not below 0. It holds for the distance at this N, bias
-    included. It is wider than it need be where images are few: 1.2 times at 20 images per dimension, twice at 3. Raises ValueError for fewer than 2 replicas or features.
+    included. It is wider than it need be where images are few: 1.2 times at 20 images per dimension, twice at 3. Raises
+    ValueError for fewer than 2 replicas or features.
     """
     count = len(features)
     if replicas < 2 or count < 2:
@@ -173,12 +174,10 @@ def subsets_interval(mean: float, deviation: float, subsets: int, subset_size: i
 
 
 def student(freedom: int) -> float:
-    """Student's 97.5% quantile, from 5 on by Fisher and Cornish's series (Abramowitz and Stegun, 26.7.5)."""
-    if freedom < 5:
-        return (12.7062, 4.3027, 3.1824, 2.7764)[freedom - 1]
-    z, n = NORMAL, freedom
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / n**i for i, term in enumerate(terms, 1))
+    """Student's 97.5% quantile."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975))
 
 
 def _counted(features: Tensor, weights: Tensor, device: torch.device | str) -> Iterable[tuple[Tensor, Tensor]]:

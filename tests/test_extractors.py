@@ -10,8 +10,8 @@ import torch
 from test_classifier import QUICK, bars
 
 from dit import torchvision_cpu, weights
-from dit.classifier import Classifier, extract, save_classifier
-from dit.extractors import open_extractor, random_kernels, registered_extractor, weights_file
+from dit.classifier import LAYERS, Classifier, extract, load_classifier, save_classifier
+from dit.extractors import open_extractor, random_kernels, weights_file
 from dit.features import collect
 from dit.imagesets import from_array
 from dit.inception import resized, spatial_features
@@ -54,6 +54,43 @@ def file(network, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "random.pth"
     torch.save(network.state_dict(), path)
     return path
+
+
+def registered_extractor(name, weights):
+    """The classifier as torch-fidelity's feature extractor: uint8 (N, 3, S, S) -> features by layer.
+
+    It is in torch-fidelity's registry from then on, so that `calculate_metrics(feature_extractor=name)` finds it too.
+    """
+    torchvision_cpu.prepare()
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+    from torch_fidelity.utils import create_feature_extractor
+
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+            self.classifier = load_classifier(weights)
+
+        @staticmethod
+        def get_provided_features_list():
+            return LAYERS
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return {"isc": "logits", "kid": "pooled"}.get(metric, "hidden")
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, images):
+            features = self.classifier(images)
+            return tuple(features[layer] for layer in self.features_list)
+
+    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
+    register_feature_extractor(name, Registered)
+    extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False)
+    return lambda images: extractor.convert_features_tuple_to_dict(extractor(images))
 
 
 def noise(count, side, seed=0):
