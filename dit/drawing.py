@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dit import parallel
 from dit.checkpoint import Checkpoint, load_tensors, save_tensors
 from dit.generation import asked, evaluations, generate
 from dit.parallel import world
@@ -23,8 +24,7 @@ from dit.vae import Autoencoder
 
 def blocks(config: SampleConfig) -> list[range]:
     """The indices of all images, block by block; the last may be short."""
-    N, size = config.num_images, config.block_images
-    return [range(start, min(start + size, N)) for start in range(0, N, size)]
+    return parallel.blocks(config.num_images, config.block_images)
 
 
 def all_labels(checkpoint: Checkpoint, config: SampleConfig) -> np.ndarray:

@@ -99,7 +99,7 @@ def evaluate_images(
     require_enough(images, config)
     require_match(reference, extractor, images)
     judged = labels is not None and judge is not None and bool((labels >= 0).all())
-    keep = dict.fromkeys({*extractor.frechet.values(), extractor.neighbours, extractor.kernel[1]})
+    keep = dict.fromkeys(extractor.kept)
     keep |= {extractor.scores: None} if extractor.scores else {}
     keep |= {READ: None} if judged else {}
     network = with_judge(extractor, judge) if judged else extractor

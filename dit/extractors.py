@@ -70,6 +70,11 @@ class Extractor:
         return {layer: torch.cat([part[layer] for part in parts]).float() for layer in parts[0]}
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """The layers in which images are compared one by one, or class by class."""
+        return tuple(dict.fromkeys([*self.frechet.values(), self.neighbours, self.kernel[1]]))
+
+    @property
     def moments_of(self) -> tuple[str, ...]:
         """The layers whose mean and covariance count."""
         return tuple(dict.fromkeys([*self.frechet.values(), *([self.spatial] if self.spatial else [])]))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit import parallel
 from dit.arrays import Member, open_npy, open_npz
 from dit.samples import IMAGES, labels_of
 from dit.shards import Split, read_manifest
@@ -68,7 +69,7 @@ class ImageSet:
 
     def blocks(self, size: int) -> list[range]:
         """All numbers in order, `size` at a time; the last block may be shorter."""
-        return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+        return parallel.blocks(self.count, size)
 
 
 def open_images(path: Path | str) -> ImageSet:

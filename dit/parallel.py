@@ -59,6 +59,11 @@ class World:
         self.share(None)
 
 
+def blocks(count: int, size: int) -> list[range]:
+    """The numbers below `count` in order, `size` at a time; the last block may be shorter."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def world() -> World:
     """This process among those that torchrun started (RANK, WORLD_SIZE); the only one without it."""
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))

@@ -140,9 +140,7 @@ def build_reference(
     in `folder`. None at every process but the main one. Raises ValueError for a single image."""
     if images.count < 2:
         raise ValueError(f"{images.name}: a reference needs at least 2 images, got {images.count}")
-    found = collect(
-        extractor, images, keep=dict.fromkeys(kept_layers(extractor), most), folder=folder, progress=progress
-    )
+    found = collect(extractor, images, keep=dict.fromkeys(extractor.kept, most), folder=folder, progress=progress)
     if found is None:
         return None
     labels = None
@@ -164,11 +162,6 @@ def build_reference(
     )
 
 
-def kept_layers(extractor: Extractor) -> list[str]:
-    """The layers in which images are compared one by one, or class by class."""
-    return list(dict.fromkeys([*extractor.frechet.values(), extractor.neighbours, extractor.kernel[1]]))
-
-
 def real_features(
     reference: Reference,
     extractor: Extractor,
@@ -184,7 +177,7 @@ def real_features(
         bool(reference.features) or reference.images is None
     ):  # the others may hold less than the main one
         return reference.features
-    keep = dict.fromkeys(kept_layers(extractor))
+    keep = dict.fromkeys(extractor.kept)
     found = collect(extractor, reference.images, keep=keep, moments_of=(), folder=folder / "real", progress=progress)
     return found.kept if found else {}
 

@@ -122,9 +122,8 @@ def _tensors(
 ) -> dict[str, torch.Tensor] | None:
     """What features.safetensors holds: {layer}.mu, {layer}.sigma, and of the kept images features, indices and, if there
     are any, labels."""
-    layers = dict.fromkeys([*extractor.frechet.values(), extractor.neighbours, extractor.kernel[1]])
     progress = Progress(f"reference, by {extractor.name}", train.count)
-    kept = {layer: config.max_features for layer in layers}
+    kept = dict.fromkeys(extractor.kept, config.max_features)
     found = collect(extractor, train, keep=kept, folder=scratch, progress=progress)
     if found is None:
         return None
