@@ -5,7 +5,6 @@ reference, and with nothing else. Its record adds what a name cannot hold: the d
 many real images there were, and how far another draw of as many images would be expected to lie.
 """
 
-import json
 import math
 import re
 import tempfile
@@ -24,7 +23,7 @@ from dit.extractors import Extractor, open_extractor
 from dit.features import Collected, collect
 from dit.imagesets import ImageSet
 from dit.metrics import short_count
-from dit.references import Reference, read_reference, real_features, require_match
+from dit.references import Reference, kind_of, read_reference, real_features, require_match
 from dit.sources import DataConfig
 from dit.uncertainty import Interval
 from dit.weights import INCEPTION
@@ -159,12 +158,10 @@ def score(
 
 def extractor_of(reference: Reference, device: torch.device | str = "cpu") -> Extractor:
     """The extractor that a reference of the pipeline's was made with. Raises ValueError where it is not to be had."""
-    told = json.loads((reference.folder / "reference.json").read_text())
-    weights = Path(told["weights"]) if told.get("weights") else None
-    kind = told.get("extractor_kind", "classifier")
+    weights = Path(reference.weights) if reference.weights else None
     if reference.extractor == "inception_custom" and weights is None:
         raise ValueError(f"{reference.folder} was made with weights of one's own: name their file (--weights)")
-    return open_extractor(kind, device=device, weights=weights, folder=reference.folder)
+    return open_extractor(kind_of(reference), device=device, weights=weights, folder=reference.folder)
 
 
 def judge_of(reference: Reference) -> Classifier | None:

@@ -52,6 +52,8 @@ class Reference:
     image_size: int | None = None  # of square images
     resize: str = ""
     folder: Path | None = None  # of our form: where classifier and judge lie too
+    kind: str | None = None  # of our form: what `open_extractor` calls its extractor, ...
+    weights: str | None = None  # ... and the file of one's own that it was given
     features: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
     images: ImageSet | None = None
@@ -184,8 +186,8 @@ def real_features(
 
 def kind_of(reference: Reference) -> str:
     """What `extractors.open_extractor` calls the extractor that the reference was made with."""
-    if reference.folder and (reference.folder / "classifier.safetensors").is_file():
-        return "classifier"
+    if reference.kind:
+        return reference.kind
     return "inception" if reference.extractor.startswith("inception") else reference.extractor.replace("_", "-")
 
 
@@ -296,6 +298,8 @@ def _read_ours(folder: Path) -> Reference:
         image_size=told.get("image_size"),
         resize=told.get("resize", ""),
         folder=folder,
+        kind=told.get("extractor_kind", "classifier"),
+        weights=told.get("weights"),
         features=Kept(file, kept),
         labels=tensors.get_tensor("labels") if "labels" in names else None,
     )
