@@ -66,6 +66,7 @@ def main(stage: Callable[..., None], *, together: bool = False) -> None:
 
 def run(stage: Callable[..., None], paths: Paths, *, together: bool = False) -> int:
     """Run a stage and return its exit code: 0 completed, 1 failed, 2 refused (bad input), 75 interrupted."""
+    global _signalled
     started = time.monotonic()
     name, us = stage.__name__, world()
     if us.main:
@@ -78,6 +79,7 @@ def run(stage: Callable[..., None], paths: Paths, *, together: bool = False) -> 
         code, message = _attempt(stage, paths, us, together)
     except Interrupted as error:  # also one that came while another error was being told
         code, message = INTERRUPTED, f"{error or 'interrupted'}: the same command goes on where this one stopped"
+    _signalled = True  # how it ended is certain: a signal from here on must not keep it from being told
     outcome = paths.scratch / "outcome"
     if us.main and code == INTERRUPTED:
         code, message = _note_of_another(outcome, name) or (code, message)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 STAGE = """
-import sys, time
+import signal, sys, time
 from dataclasses import dataclass
 from dit import entry
 from dit.paths import Paths, publish
@@ -42,6 +42,9 @@ def toy(toy: Section, *, paths: Paths) -> None:
                 time.sleep(0.05)
         (paths.root / "saved").write_text("yes")
         raise entry.Interrupted("stopped at step 3")
+    if toy.what == "late":  # a signal comes when the work is done and its end is being told
+        write = entry.write_json
+        entry.write_json = lambda *told: (signal.raise_signal(signal.SIGTERM), write(*told))
     with publish(paths.artifacts / "toy", paths.scratch) as folder:
         (folder / "done").write_text("done")
 
@@ -76,6 +79,7 @@ def outcome(folder):
     "what,code,status,line",
     [
         ("work", 0, "completed", ""),
+        ("late", 0, "completed", ""),
         ("refuse", 2, "refused", "toy: toy.what: refuse is no good: use work\n"),
         ("3", 2, "refused", "toy: toy.what: input should be a valid string, got 3\n"),
         (
@@ -92,7 +96,7 @@ def test_each_end_has_its_exit_code_its_line_and_its_outcome(toy, what, code, st
     assert (process.returncode, stderr) == (code, line)
     told = outcome(folder)
     assert (told["status"], told["exit_code"]) == (status, code)
-    assert (folder / "artifacts" / "toy").exists() == (what == "work")
+    assert (folder / "artifacts" / "toy").exists() == (what in ("work", "late"))
     assert not list((folder / "scratch").glob("publish/*"))
 
 
