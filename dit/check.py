@@ -2,15 +2,21 @@
 
 import importlib
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dit import entry
+from dit.addresses import registered
 from dit.config import check_sections, read_params
 from dit.paths import Paths
+from dit.retraining import RetrainConfig
 
 STAGES = ("scan", "shard", "vae", "encode", "reference", "train", "ema", "sample", "evaluate", "register", "report")
+ANYWAY = "DIT_ANYWAY"
+OPTIONAL = {"retrain": RetrainConfig}  # sections that are no stage's: they may be missing
 
 
 def stage_functions() -> list[Callable[..., None]]:
@@ -25,11 +31,24 @@ def check(paths: Paths, *, files: bool = True) -> dict[str, Any]:
     of reference.
     """
     require_git(paths)
-    sections = check_sections(stage_functions(), read_params(paths.params))
+    sections = check_sections(stage_functions(), read_params(paths.params), optional=OPTIONAL)
     faults = list(conflicts(sections, paths.root if files else None))
     if faults:
         raise ValueError("\n".join(faults))
     return sections
+
+
+def check_in_dvc(paths: Paths) -> dict[str, Any]:
+    """As `check`, inside a command of DVC's (dvc.yaml's scan): what is refused is that stage's outcome.
+
+    Where DIT_ANYWAY is set, as by a flow that shall start all the same, missing files are left to the stages.
+    """
+    try:
+        return check(paths, files=not os.environ.get(ANYWAY))
+    except ValueError as error:
+        if stage := os.environ.get("DVC_STAGE"):
+            entry.tell_refused(stage.rpartition(":")[2], str(error), paths)
+        raise
 
 
 def require_git(paths: Paths) -> None:
@@ -55,7 +74,7 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     from dit.weights import require_weights
 
     data, vae, model, sample = (sections[name] for name in ("data", "vae", "model", "sample"))
-    factor = latent_factor(vae)
+    factor = latent_factor(vae, root or Path("."))
     if factor and data.image_size % factor:
         yield f"data.image_size: {data.image_size} is no multiple of {factor}, the autoencoder's factor"
     elif factor and (side := data.image_size // factor) % (patch := model.resolved().patch_size):
@@ -65,8 +84,8 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     shape, mirrored = (1, 1) if features else None, True
     if features and root is not None:
         try:
-            require_source(features)
-            count, mirrored = read_header(features)
+            require_source(features, Paths(root).given)
+            count, mirrored = read_header(features, Paths(root).given)
             shape = (count, 1)
         except ValueError as error:
             yield str(error)
@@ -77,7 +96,9 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     extractor, weights = sections["reference"].extractor, sections["reference"].weights
     if root is not None:
         made = Paths(root).artifacts / "reference"  # then it may be that nobody needs them any more
-        rules.append(lambda: require_weights(extractor, weights and Path(weights), probe=not made.is_dir()))
+        rules.append(
+            lambda: require_weights(extractor, weights and Paths(root).given(weights), probe=not made.is_dir())
+        )
     if root is not None and sections["train"].init_from is not None:
         rules.append(lambda: require_initial(sections, root, factor))
     for rule in rules:
@@ -132,11 +153,14 @@ def require_initial(sections: dict[str, Any], root: Path, factor: int | None) ->
     )
 
 
-def latent_factor(vae: Any) -> int | None:
+def latent_factor(vae: Any, root: Path = Path(".")) -> int | None:
     """Pixels per latent, where it can be known without a download."""
     if vae.pretrained is None:
         return vae.factor
-    for file in (Path(vae.pretrained) / "config.json", Path(vae.pretrained) / "vae" / "config.json"):
+    if registered(vae.pretrained, "vae.pretrained"):
+        return None
+    folder = Paths(root).given(vae.pretrained)
+    for file in (folder / "config.json", folder / "vae" / "config.json"):
         if file.is_file():
             try:
                 return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)

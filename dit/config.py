@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -51,17 +51,25 @@ def load(stage: Callable[..., Any], path: Path = Path("params.yaml")) -> dict[st
 
 
 def check_sections(
-    stages: Iterable[Callable[..., Any]], params: dict[str, Any], source: str = "params.yaml"
+    stages: Iterable[Callable[..., Any]],
+    params: dict[str, Any],
+    source: str = "params.yaml",
+    optional: Mapping[str, type] | None = None,
 ) -> dict[str, Any]:
-    """All sections of all stages; raises ValueError on any fault, sections that nobody takes included."""
-    known = {name: kind for stage in stages for name, kind in sections_of(stage).items()}
+    """All sections of all stages, and the `optional` ones, which have their defaults where they are missing.
+
+    Raises ValueError on any fault, sections that nobody takes included.
+    """
+    optional = optional or {}
+    known = {name: kind for stage in stages for name, kind in sections_of(stage).items()} | dict(optional)
     faults, sections = [], {}
     for name in params:
         if name not in known and name != "preset":
-            faults.append(f"{name}: no such section in {source}{_nearest(str(name), known)}")
+            faults.append(f"{name}: no such section in {source}{nearest(str(name), known)}")
     for name, kind in known.items():
         try:
-            sections[name] = parse(name, params.get(name), kind, source=source)
+            values = {} if name in optional and name not in params else params.get(name)
+            sections[name] = parse(name, values, kind, source=source)
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -105,7 +113,7 @@ def _explain(section: str, kind: type, fault: dict[str, Any]) -> str:
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = _section_at(kind, fault["loc"][:-1])
         known = [field.name for field in fields(owner)] if owner else []
-        return f"{where}: no such setting{_nearest(str(fault['loc'][-1]), known, where.rpartition('.')[0] + '.')}"
+        return f"{where}: no such setting{nearest(str(fault['loc'][-1]), known, where.rpartition('.')[0] + '.')}"
     if fault["type"] in ("missing", "missing_argument"):
         return f"{where}: setting missing"
     if fault["type"] == "value_error":  # raised by the dataclass itself: starts with the field's name
@@ -126,6 +134,7 @@ def _section_at(kind: type, place: tuple[Any, ...]) -> type | None:
     return kind
 
 
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """(did you mean ...?), or nothing where no name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""

@@ -2,7 +2,8 @@
 
 A stage is run by DVC, by a flow, by a batch system or by hand. Each may be killed at any moment, so this page sees to
 it that one stage runs at a time, that no stage outlives the DVC that started it, and that whoever comes next can
-read in scratch/outcome/<stage>.json how it ended, since exit codes do not pass through DVC unchanged.
+read in scratch/outcome/<stage>.json how it ended, and whether another try may mend it ("retry"), since exit codes do
+not pass through DVC unchanged.
 
 Under torchrun the main process alone holds the lock, speaks and tells the outcome. torchrun ends all processes when one
 fails; that one leaves a note, so that the outcome says why.
@@ -10,7 +11,6 @@ fails; that one leaves a note, so that the outcome says why.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dit import config
+from dit import config, locks, progress
 from dit.parallel import World, world
 from dit.paths import Paths, write_json
 from dit.places import OutOfReach
 
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: run the same command again
+BUGS = (AssertionError, AttributeError, ImportError, NameError, SyntaxError, TypeError)  # no further try mends them
 _STATUS = {COMPLETED: "completed", FAILED: "failed", REFUSED: "refused", INTERRUPTED: "interrupted"}
 
 
@@ -73,17 +74,19 @@ def run(stage: Callable[..., None], paths: Paths, *, together: bool = False) -> 
         sys.stdout.reconfigure(line_buffering=True)
     else:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open as long as the process lives)
+        os.environ.pop(progress.FILE, None)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
     try:
-        code, message = _attempt(stage, paths, us, together)
+        code, message, retry = _attempt(stage, paths, us, together)
     except Interrupted as error:  # also one that came while another error was being told
         code, message = INTERRUPTED, f"{error or 'interrupted'}: the same command goes on where this one stopped"
+        retry = True
     _signalled = True  # how it ended is certain: a signal from here on must not keep it from being told
     outcome = paths.scratch / "outcome"
     if us.main and code == INTERRUPTED:
-        code, message = _note_of_another(outcome, name) or (code, message)
-    told = {"stage": name, "status": _STATUS[code], "message": message, "exit_code": code}
+        code, message, retry = _note_of_another(outcome, name) or (code, message, retry)
+    told = {"stage": name, "status": _STATUS[code], "message": message, "exit_code": code, "retry": retry}
     with contextlib.suppress(OSError):  # a full disk must not hide what is being reported
         if us.main:
             if message:
@@ -95,8 +98,8 @@ def run(stage: Callable[..., None], paths: Paths, *, together: bool = False) -> 
     return code
 
 
-def _attempt(stage: Callable[..., None], paths: Paths, us: World, together: bool) -> tuple[int, str]:
-    """Run the stage; its exit code, and what to say of it."""
+def _attempt(stage: Callable[..., None], paths: Paths, us: World, together: bool) -> tuple[int, str, bool]:
+    """Run the stage; its exit code, what to say of it, and whether another try may mend it."""
     name = stage.__name__
     try:
         _watch_dvc()
@@ -109,19 +112,26 @@ def _attempt(stage: Callable[..., None], paths: Paths, us: World, together: bool
             stage(**sections, paths=paths)
     except ValueError as error:
         if _raised_by_us(error):
-            return REFUSED, str(error)
+            return REFUSED, str(error), False
         traceback.print_exc()  # not what a person did wrong, but a bug of ours
-        return FAILED, f"{type(error).__name__}: {error}"
+        return FAILED, f"{type(error).__name__}: {error}", True
     except OutOfReach as error:
-        return FAILED, f"{error}: the same command goes on where this one stopped"
+        return FAILED, f"{error}: the same command goes on where this one stopped", True
     except Exception as error:
         if full := _disk_full(error):
-            return FAILED, full
+            return FAILED, full, False
         if us.size > 1 and lost_another(error):
             raise Interrupted("another process of this stage ended") from None
         traceback.print_exc()
-        return FAILED, f"{type(error).__name__}: {error}"
-    return COMPLETED, ""
+        return FAILED, f"{type(error).__name__}: {error}", not isinstance(error, BUGS)
+    return COMPLETED, "", False
+
+
+def tell_refused(name: str, message: str, paths: Paths) -> None:
+    """Write the outcome of a stage that was refused before it began."""
+    told = {"stage": name, "status": _STATUS[REFUSED], "message": message, "exit_code": REFUSED, "retry": False}
+    with contextlib.suppress(OSError):
+        write_json(paths.scratch / "outcome" / f"{name}.json", {**told, "seconds": 0.0})
 
 
 def _launch() -> str:
@@ -132,13 +142,13 @@ def _launch() -> str:
     )
 
 
-def _note_of_another(outcome: Path, name: str) -> tuple[int, str] | None:
+def _note_of_another(outcome: Path, name: str) -> tuple[int, str, bool] | None:
     """Why another process of this start failed, which is why this one was interrupted."""
     for file in sorted(outcome.glob(f"{name}.process-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             note = json.loads(file.read_text())
             if note["launch"] == _launch():
-                return note["exit_code"], note["message"]
+                return note["exit_code"], note["message"], note["retry"]
     return None
 
 
@@ -166,31 +176,13 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def stage_lock(name: str, paths: Paths) -> Iterator[None]:
+def stage_lock(name: str, paths: Paths) -> contextlib.AbstractContextManager[None]:
     """Hold the stage's OS lock: the kernel frees it when the process dies, however it dies."""
-    folder = paths.scratch / "lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            print(f"{name}: waiting for process {_holder(file.read())}, which runs this stage already")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate()
-        json.dump({"pid": os.getpid(), "host": os.uname().nodename}, file)
-        file.flush()
-        yield
 
+    def waiting(holder: str) -> None:
+        print(f"{name}: waiting for process {holder}, which runs this stage already")
 
-def _holder(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        return f"{holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError):
-        return "(unknown)"
+    return locks.held(paths.scratch / "lock" / name, waiting)
 
 
 def _on_signal(number: int, frame: Any) -> None:

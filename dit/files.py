@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from dit import archives
 from dit.archives import PACKED, Member, is_archive
+from dit.paths import Given, given_here
 from dit.places import Alone, File, Folder, Place
 from dit.progress import Progress
 from dit.sources import SUFFIXES, DataConfig, Digits, Entry, Found, Source
@@ -23,9 +24,14 @@ ARCHIVES_AT_A_TIME = 4  # each is read through by one thread
 
 
 def open_source(
-    data: DataConfig, *, memory: Path | None = None, bucket: Callable[[str], Place] | None = None
+    data: DataConfig,
+    *,
+    memory: Path | None = None,
+    bucket: Callable[[str], Place] | None = None,
+    given: Given = given_here,
 ) -> Source:
-    """What data.source names. `bucket` opens s3://bucket/folder/; `memory` is a folder for what archives hold.
+    """What data.source names. `bucket` opens s3://bucket/folder/; `memory` is a folder for what archives hold; `given`
+    says where a path lies.
 
     Raises ValueError, one line.
     """
@@ -36,9 +42,10 @@ def open_source(
     if is_bucket(data.source):
         assert bucket is not None, "whoever opens a bucket brings the door to it along"
         return Files(_part(bucket(folder), name), data.source, memory)
-    if name and Path(root).expanduser().is_file():
-        return Files(_part(Folder(folder or ("/" if root.startswith("/") else ".")), name), data.source, memory)
-    return Files(Folder(data.source), data.source, memory)
+    path = given(root or "/")
+    if name and path.is_file():
+        return Files(_part(Folder(folder, path.parent), name), data.source, memory)
+    return Files(Folder(data.source, path), data.source, memory)
 
 
 def _part(place: Place, name: str) -> Place:

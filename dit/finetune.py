@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit.addresses import registered
 from dit.checkpoint import WEIGHTS, load_tensors
-from dit.initial import Initial, open_config, outlines, registered
+from dit.initial import Initial, open_config, outlines
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig, objective_from
+from dit.paths import Paths
 
 CONDITION = "y_embedder."
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
@@ -44,7 +46,7 @@ def require_fit(
     """
     if registered(spec):
         return
-    folder = root / Path(spec).expanduser()
+    folder = Paths(root).given(spec)
     config, tensors = open_config(spec, folder), outlines(folder / WEIGHTS)
     if not trained:
         _require_same_objective(config, objective)

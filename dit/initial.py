@@ -3,7 +3,6 @@
 Their config.json is somebody's: what it says is looked at once, here, before anything rests on it.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from dit.addresses import registered
 from dit.checkpoint import SHAPE, WEIGHTS, read_config
 from dit.model import ModelConfig
 from dit.objective import ObjectiveConfig
-from dit.paths import file_sha256
-
-REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+from dit.paths import Paths, file_sha256
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Initial:
 
 
 def open_initial(spec: str, download: Callable[[str, str | int], Path], root: Path = Path(".")) -> Initial:
-    """The weights that `train.init_from` names: a checkpoint folder (relative to `root`), models:/NAME@ALIAS or
-    models:/NAME/VERSION, for which `download(name, alias or version)` gives the folder.
+    """The weights that `train.init_from` names: a checkpoint folder (relative to the home of the checkout `root`),
+    models:/NAME@ALIAS or models:/NAME/VERSION, for which `download(name, alias or version)` gives the folder.
 
     They are opened whenever a training starts or goes on, since its name rests on their digest.
     Raises ValueError where there is no checkpoint, or its config.json says what this code does not know.
@@ -44,19 +42,9 @@ def open_initial(spec: str, download: Callable[[str, str | int], Path], root: Pa
     if named := registered(spec):
         folder = download(*named)
     else:
-        folder = root / Path(spec).expanduser()
+        folder = Paths(root).given(spec)
     config = open_config(spec, folder)
     return Initial(spec, folder, config, file_sha256(folder / WEIGHTS))
-
-
-def registered(spec: str) -> tuple[str, str | int] | None:
-    """The name, and the alias or version, of a registered model; None for a folder. Raises ValueError for neither."""
-    if not spec.startswith("models:"):
-        return None
-    if not (match := REGISTERED.fullmatch(spec)):
-        raise ValueError(f"train.init_from: {spec!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
-    name, alias, number = match.groups()
-    return name, alias or int(number)
 
 
 def require_latents(initial: Initial, index: dict[str, Any]) -> None:

@@ -5,16 +5,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+HOME = "home"  # the file in a worktree's scratch/ that holds the path of the checkout it was made for
+
 
 @dataclass(frozen=True)
 class Paths:
-    """The folders of one checkout."""
+    """The folders of one checkout, which may be a flow's worktree of another one, its `home`."""
 
     root: Path = Path(".")
 
@@ -31,6 +33,37 @@ class Paths:
     @property
     def params(self) -> Path:
         return self.root / "params.yaml"
+
+    @property
+    def home(self) -> Path:
+        """The checkout that this worktree was made for, as its scratch/home names it; else this checkout itself."""
+        try:
+            told = (self.scratch / HOME).read_text().strip()
+        except OSError:
+            return self.root
+        return Path(told) if told else self.root
+
+    @property
+    def memory(self) -> Path:
+        """What a later run, of whatever worktree of `home`, finds again: states of trainings, known hashes, and so on.
+
+        Several processes may be at it at once: whoever changes something in it holds a lock (dit/locks.py).
+        """
+        return self.home / "scratch"
+
+    def given(self, text: str) -> Path:
+        """A path as a person wrote it in params.yaml: `~` is theirs, and a relative one begins at `home`.
+
+        Raises ValueError, one line, for the `~name` of nobody.
+        """
+        try:
+            return self.home / Path(text).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{text!r}: {error}") from None
+
+
+Given = Callable[[str], Path]  # says where lies what a person named
+given_here: Given = Paths().given  # for whoever works in the current folder
 
 
 @contextmanager

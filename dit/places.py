@@ -67,15 +67,16 @@ class Folder:
     unsettled_ns = UNSETTLED_NS
     readers = READERS
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, root: Path | None = None):
+        """`path` as a person wrote it; `root` is where that lies, by default as seen from here."""
         self.told = path
-        self.root = Path(path).expanduser()
+        self.root = Path(path).expanduser() if root is None else root
         self.name = str(self.root.resolve())
 
     def files(self) -> Iterator[File]:
         if not self.root.exists():
             raise ValueError(
-                f"data.source: the folder {self.told!r} is not there (seen from {Path.cwd()}): correct the path"
+                f"data.source: the folder {self.told!r} is not there (looked at {self.root.absolute()}): correct the path"
             )
         if not self.root.is_dir():
             raise ValueError(f"data.source: {self.told!r} is not a folder: give the folder that holds the images")

@@ -1,12 +1,15 @@
 """Named settings: presets/NAME.yaml, each a full set or an overlay on another (`base: NAME`)."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit.config import read_params
+from dit.config import nearest, read_params
 from dit.paths import write_atomic
 from dit.sources import content_hash
+
+FULL = "digits"  # the preset that holds all settings
 
 
 def names(folder: Path = Path("presets")) -> list[str]:
@@ -51,30 +54,103 @@ def apply(
 
     Returns what changes as a unified diff ('' if nothing).
     """
+    settings = merged(resolve(name, folder or params.parent / "presets"), overlay or {})
+    held = current(params)
+    if held == settings:
+        return ""
+    before, after = _rewritten(params, settings, empty=held is None)
+    if write:
+        write_atomic(params, after.encode())
+        write_atomic(_record(params), content_hash(after.encode()).encode())
+    return _difference(before, after, f"params.yaml ({name})")
+
+
+def override(params: Path, settings: Sequence[str], *, write: bool = True) -> str:
+    """Put settings such as `train.max_steps=1000` into params.yaml, keeping the comments there.
+
+    The value is YAML; of a mapping what it names is replaced, as a preset does. Returns what changes as a unified diff.
+    Raises ValueError, a line for each fault, where a path is neither params.yaml's nor the full preset's: nothing is
+    written then.
+    """
+    held, presets = read_params(params), params.parent / "presets"
+    known = merged(resolve(FULL, presets), held) if FULL in names(presets) else held
+    wanted, faults = held, []
+    for text in settings:
+        try:
+            wanted = merged(wanted, _parsed(text, known))
+        except ValueError as error:
+            faults.append(f"set: {error}")
+    if faults:
+        raise ValueError("\n".join(faults))
+    before, after = _rewritten(params, wanted)
+    if write and before != after:
+        write_atomic(params, after.encode())
+    return _difference(before, after, "params.yaml (set)")
+
+
+def _parsed(text: str, known: dict[str, Any]) -> dict[str, Any]:
+    """`a.b=value` as {"a": {"b": value}}; `known` are the settings that there are."""
+    path, equals, value = text.partition("=")
+    path, names = path.strip(), path.strip().split(".")
+    if not equals or not all(names):
+        raise ValueError(f"{text!r} is no setting and its value: write it as train.max_steps=1000")
+    if path == "preset":
+        raise ValueError("preset: a run's preset is asked for by its own name, not as a setting")
+    if not value.strip():
+        raise ValueError(f"{path}: no value after the =: to take one away, write null")
+    told = parse_value(value, path)
+    for name in reversed(names):
+        told = {name: told}
+    _require_known(told, known)
+    return told
+
+
+def parse_value(text: str, path: str) -> Any:
+    """A value in YAML 1.2, as in params.yaml. Raises ValueError, one line that begins with `path`."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ValueError(f"{path}: {text.strip()!r} is not readable YAML ({getattr(error, 'problem', '')})") from None
+
+
+def _require_known(told: dict[str, Any], known: dict[str, Any], prefix: str = "") -> None:
+    for key, value in told.items():
+        path = f"{prefix}{key}"
+        if key not in known:
+            raise ValueError(f"{path}: no such {'setting' if prefix else 'section'}{nearest(str(key), known, prefix)}")
+        if isinstance(known[key], dict):
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{path}: this is a section: name a setting in it, such as {path}.{next(iter(known[key]))}"
+                )
+            _require_known(value, known[key], f"{path}.")
+        elif isinstance(value, dict):
+            raise ValueError(f"{path}.{next(iter(value), '')}: no such setting, since {path} is one itself")
+
+
+def _rewritten(params: Path, settings: dict[str, Any], *, empty: bool = False) -> tuple[str, str]:
+    """The text of params.yaml as it is, and as it is with these settings. `empty`: it holds nothing but comments."""
     from io import StringIO
 
     from ruamel.yaml import YAML
 
-    settings = merged(resolve(name, folder or params.parent / "presets"), overlay or {})
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 120, True
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     before = params.read_text() if params.is_file() else ""
-    held = current(params)
-    if held == settings:
-        return ""
-    document = {} if held is None else yaml.load(before)
+    document = {} if empty else yaml.load(before)
     _replace(document, settings)
     stream = StringIO()
     yaml.dump(document, stream)
-    after = stream.getvalue()
-    if write:
-        write_atomic(params, after.encode())
-        write_atomic(_record(params), content_hash(after.encode()).encode())
-    lines = difflib.unified_diff(
-        before.splitlines(), after.splitlines(), "params.yaml", f"params.yaml ({name})", lineterm="", n=0
-    )
+    return before, stream.getvalue()
+
+
+def _difference(before: str, after: str, name: str) -> str:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "params.yaml", name, lineterm="", n=0)
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit import store, tracking
+from dit import locks, store, tracking
 from dit.config import digest
 from dit.paths import Paths, publish
 
@@ -118,15 +118,18 @@ class Registry:
         return self._client.create_logged_model(experiment, self.name, run_id, {DIGEST: digest}, model_type="diffusion")
 
 
-def download(paths: Paths, name: str, which: str | int) -> Path:
-    """The checkpoint folder of a registered model, by its alias or its number, kept in scratch/initial.
+KEPT = {"ema": "initial", "vae": "autoencoders"}  # a version's parts, and where memory keeps those that were fetched
+
+
+def download(paths: Paths, name: str, which: str | int, part: str = "ema") -> Path:
+    """The checkpoint folder (or its autoencoder's: `part` vae) of a registered model, by its alias or its number.
 
     A version that is there already is not fetched again, and a number then does without a server that does not answer.
     It counts as the same where the server's address, the name, the number and what the version holds are. Raises
     ValueError where the server cannot be reached or does not know it.
     """
     place = f"models:/{name}" + (f"/{which}" if isinstance(which, int) else f"@{which}")
-    kept, address = paths.scratch / "initial", digest(store.tracking_uri(paths), os.environ.get(REGISTRY_URI))[:8]
+    kept, address = paths.memory / KEPT[part], digest(store.tracking_uri(paths), os.environ.get(REGISTRY_URI))[:8]
     try:
         with store.translated():
             client = tracking.connect(paths, timeout_seconds=FETCH_SECONDS)
@@ -137,8 +140,9 @@ def download(paths: Paths, name: str, which: str | int) -> Path:
             )
             content = version.tags.get(DIGEST) or [version.run_id, version.source, version.creation_timestamp]
             folder = kept / f"{name}-{version.version}-{address}-{digest(content)[:8]}"
-            if not folder.is_dir():
-                _fetch_part(f"models:/{name}/{version.version}", "artifacts/ema", folder, paths)
+            with locks.held(paths.memory / "lock" / f"{KEPT[part]}-{folder.name}"):
+                if not folder.is_dir():
+                    _fetch_part(f"models:/{name}/{version.version}", f"artifacts/{part}", folder, paths.memory)
         return folder
     except store.Unreachable as error:
         there = [] if store.absent(error.__cause__) else sorted(kept.glob(f"{glob.escape(name)}-{which}-{address}-*"))
@@ -147,10 +151,10 @@ def download(paths: Paths, name: str, which: str | int) -> Path:
         raise ValueError(f"{place} could not be fetched ({store.one_line(error)})") from None
 
 
-def _fetch_part(address: str, part: str, folder: Path, paths: Paths) -> None:
+def _fetch_part(address: str, part: str, folder: Path, scratch: Path) -> None:
     from mlflow.artifacts import download_artifacts
 
-    with publish(folder, paths.scratch) as unfinished, tempfile.TemporaryDirectory(dir=paths.scratch) as there:
+    with publish(folder, scratch) as unfinished, tempfile.TemporaryDirectory(dir=scratch) as there:
         got = Path(download_artifacts(artifact_uri=f"{address}/{part}", dst_path=there))
         for file in got.iterdir():
             file.rename(unfinished / file.name)

@@ -1,22 +1,29 @@
 """Where a training's state lives between processes, and whether a run goes on with it or starts afresh.
 
 scratch/train/<digest of the mathematics>/ holds the states, and work.json: the code that made them, the MLflow run,
-and, once exported, the hash under which DVC would record the result. The stage's OS lock guards it all.
+and, once exported, the hash under which DVC would record the result. It is the same folder for all worktrees of a
+checkout (`Paths.memory`), and an OS lock for each training keeps two of them from being at it at once.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from dit import locks
 from dit.checkpoint import TrainingState, latest_state
 from dit.config import read_params
 from dit.paths import Paths, write_json
 
 KEEP = 4  # trainings whose state is kept
+WAIT_SECONDS = 7 * 86400  # for so long one that was interrupted is kept beside them
 CONTINUE = "DIT_CONTINUE"
+AFRESH = "DIT_AFRESH"  # set by a flow that was asked to force `train`: what is finished is not taken over
 
 
 class Work:
@@ -36,16 +43,29 @@ class Work:
         write_json(self.folder / "work.json", self.notes)
 
 
-def begin(paths: Paths, name: str, max_steps: int) -> Work:
-    """The work folder of the training called `name` (its mathematics' digest).
+@contextmanager
+def begun(paths: Paths, name: str, max_steps: int) -> Iterator[Work]:
+    """The work folder of the training called `name` (its mathematics' digest), which is this process's in the block.
 
     It is continued if it was made by the same code and is not done, or is done and DVC does not know the result yet
-    (it was killed in between). Otherwise it is set aside, and one line says how to continue it instead.
+    (it was killed in between, or another worktree did it). Otherwise it is set aside, and one line says how to continue
+    it instead. Another process at the same training is waited for: what it has finished is there then.
     """
-    folder, code = paths.scratch / "train" / name, code_digest(paths)
+    with locks.held(_lock(paths, name), _waiting):
+        work = _begin(paths, name, max_steps)
+        _prune(paths, work.folder)
+        yield work
+
+
+def _waiting(holder: str) -> None:
+    print(f"train: waiting for process {holder}, which is at this training: what it finishes is taken over")
+
+
+def _begin(paths: Paths, name: str, max_steps: int) -> Work:
+    folder, code = _trainings(paths) / name, code_digest(paths)
     wanted = os.environ.get(CONTINUE)
     if wanted and _notes(folder).get("continued") != wanted:  # else it is back already, and was interrupted since
-        _bring_back(paths.scratch / "train" / wanted, folder, code)
+        _bring_back(folder.with_name(wanted), folder, code)
     notes = _notes(folder)
     if notes and notes["code"] != code:
         aside = _set_aside(folder)
@@ -53,17 +73,28 @@ def begin(paths: Paths, name: str, max_steps: int) -> Work:
             f"the code changed since this training began: starting afresh. To go on with the old state instead: {CONTINUE}={aside.name} dvc repro"
         )
     state = latest_state(folder) if folder.exists() else None
-    if state and state.step >= max_steps and (state.step > max_steps or _recorded(paths, _notes(folder).get("export"))):
+    known = os.environ.get(AFRESH) or _recorded(paths, _notes(folder).get("export"))
+    if state and state.step >= max_steps and (state.step > max_steps or known):
         aside = _set_aside(folder)
-        print(f"a training of {state.step} steps is recorded already: starting afresh (the old state is {aside})")
+        print(f"a training of {state.step} steps is there already: starting afresh (the old state is {aside})")
         state = None
     folder.mkdir(parents=True, exist_ok=True)
     work = Work(folder, _notes(folder) or {"code": code}, state)
+    if state and state.step < max_steps:
+        work.notes.pop("export", None)
     work.note()
-    _prune(paths.scratch / "train", folder)
     if state:
         print(f"going on at step {state.step} of {max_steps}")
     return work
+
+
+def _trainings(paths: Paths) -> Path:
+    return paths.memory / "train"
+
+
+def _lock(paths: Paths, name: str) -> Path:
+    """The lock of a training and of its set-aside states."""
+    return paths.memory / "lock" / f"train-{name.partition('.')[0]}"
 
 
 def code_digest(paths: Paths) -> str:
@@ -92,12 +123,21 @@ def _md5(file: Path) -> str:
 
 
 def clean(paths: Paths) -> int:
-    """Delete the state of every training, and fetched weights; return the bytes freed. The caller holds the lock."""
-    freed = 0
-    for folder in [*(paths.scratch / "train").glob("*"), *(paths.scratch / "initial").glob("*")]:
-        freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        shutil.rmtree(folder)
+    """Delete the states of trainings that no process is at, and fetched weights if none is; return the bytes freed."""
+    freed, busy = 0, False
+    for folder in _trainings(paths).glob("*"):
+        with locks.tried(_lock(paths, folder.name)) as free:
+            freed += _delete(folder) if free else 0
+            busy = busy or not free
+    if not busy:
+        freed += sum(_delete(folder) for folder in (paths.memory / "initial").glob("*"))
     return freed
+
+
+def _delete(folder: Path) -> int:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    shutil.rmtree(folder, ignore_errors=True)
+    return size
 
 
 def _recorded(paths: Paths, export: str | None) -> bool:
@@ -141,7 +181,25 @@ def _set_aside(folder: Path) -> Path:
     return aside_folder
 
 
-def _prune(trainings: Path, current: Path) -> None:
-    others = [folder for folder in trainings.iterdir() if folder.is_dir() and folder != current]
-    for old in sorted(others, key=lambda folder: folder.stat().st_mtime)[: -(KEEP - 1)]:
-        shutil.rmtree(old)
+def _prune(paths: Paths, current: Path) -> None:
+    """Keep the last few, all that a process is at, and for a while what was interrupted: it may be about to go on."""
+    others = [folder for folder in current.parent.iterdir() if folder.is_dir() and folder != current]
+    waiting = [folder for folder in others if _interrupted_lately(folder)]
+    done = sorted((folder for folder in others if folder not in waiting), key=_touched)
+    for old in done[: -(KEEP - 1)]:
+        own = _lock(paths, old.name) == _lock(paths, current.name)
+        with nullcontext(True) if own else locks.tried(_lock(paths, old.name)) as free:
+            if free:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _interrupted_lately(folder: Path) -> bool:
+    aside, finished = "." in folder.name, "export" in _notes(folder)
+    return not aside and not finished and time.time() - _touched(folder) < WAIT_SECONDS
+
+
+def _touched(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:  # another process has just put it away
+        return 0.0

@@ -10,41 +10,69 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit import locks
 from dit.config import read_params
 from dit.paths import Paths, write_atomic
 
 MOST_ENTRIES = 100_000
+LIVING = "lock"  # beside a run's unfinished files: held as long as its process lives
 
 
 @dataclass(frozen=True)
 class Index:
     """What one stage remembers: input digest -> {"md5", "sha256", "bytes", "note"}."""
 
-    file: Path
     cache: Path  # DVC's
-    unfinished: Path  # files of a run that has not ended yet
+    unfinished: Path  # files of this run, which has not ended yet
     entries: dict[str, dict[str, Any]]
+    used: dict[str, dict[str, Any]] = field(default_factory=dict)  # those that this run fetched or made, the last last
 
 
 @contextmanager
 def opened(paths: Paths, stage: str) -> Iterator[Index]:
-    """The stage's index. Saved when the block ends without error; else the files made so far wait for the next run."""
-    file = paths.scratch / "reuse" / f"{stage}.json"
-    unfinished = paths.scratch / "reuse" / stage
-    entries = _read(file)
-    for note in sorted(unfinished.glob("*.json")):
-        entries[note.stem] = _read(note)
-    index = Index(file, cache_folder(paths.root), unfinished, {key: value for key, value in entries.items() if value})
-    yield index
-    newest = dict(list(index.entries.items())[-MOST_ENTRIES:])
-    write_atomic(file, json.dumps(newest, indent=0).encode())
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """The stage's index. Saved when the block ends without error; else the files made so far wait for the next run.
+
+    Several processes, of as many worktrees, may have it open: each keeps its files apart, what it adds does not undo
+    what the others add, and nobody takes over the files of one that lives.
+    """
+    file, folder = paths.memory / "reuse" / f"{stage}.json", paths.memory / "reuse" / stage
+    short = paths.memory / "lock" / f"reuse-{stage}"
+    with ExitStack() as living:
+        with locks.held(short):
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(dir=folder))
+            living.enter_context(locks.held(unfinished / LIVING))
+            _take_over(folder, unfinished)
+            entries = _read(file)
+        for note in sorted(unfinished.glob("*.json")):
+            entries[note.stem] = _read(note)
+        index = Index(cache_folder(paths.root), unfinished, {key: value for key, value in entries.items() if value})
+        yield index
+        with locks.held(short):
+            others = {key: value for key, value in _read(file).items() if key not in index.used}
+            newest = dict(list((others | index.used).items())[-MOST_ENTRIES:])
+            write_atomic(file, json.dumps(newest, indent=0).encode())
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _take_over(folder: Path, unfinished: Path) -> None:
+    """Move what processes that were killed had made to the folder of this one."""
+    for other in folder.iterdir():
+        if other == unfinished or not other.is_dir():
+            continue
+        with locks.tried(other / LIVING) as dead:
+            if dead:
+                for file in other.iterdir():
+                    if file.name != LIVING:
+                        os.replace(file, unfinished / file.name)
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def fetch(index: Index, digest: str, destination: Path) -> dict[str, Any] | None:
@@ -59,7 +87,7 @@ def fetch(index: Index, digest: str, destination: Path) -> dict[str, Any] | None
     for file in (index.cache / entry["md5"][:2] / entry["md5"][2:], index.unfinished / digest):
         if file.is_file() and _hash(file, hashlib.sha256()) == [entry["sha256"]]:
             _link(file, destination)
-            index.entries[digest] = index.entries.pop(digest)  # to the end: used lately
+            _use(index, digest, entry)
             return entry
     return None
 
@@ -69,10 +97,15 @@ def remember(index: Index, digest: str, file: Path, note: Any = None) -> dict[st
     md5, sha256 = _hash(file, hashlib.md5(usedforsecurity=False), hashlib.sha256())
     entry = {"md5": md5, "sha256": sha256, "bytes": file.stat().st_size, "note": note}
     index.entries[digest] = entry
-    index.unfinished.mkdir(parents=True, exist_ok=True)
+    _use(index, digest, entry)
     _link(file, index.unfinished / digest)
     write_atomic(index.unfinished / f"{digest}.json", json.dumps(entry).encode())
     return entry
+
+
+def _use(index: Index, digest: str, entry: dict[str, Any]) -> None:
+    index.used.pop(digest, None)
+    index.used[digest] = entry
 
 
 def recover(paths: Paths, stage: str, file: Path) -> bool:

@@ -22,6 +22,8 @@ class RunConfig:
     keep_checkpoints: int = 2
     preview_every_steps: int = 0  # 0 = none but the last
     experiment: str = "dit"
+    stage_retries: int = 3  # of a flow: how often a stage that was lost, or out of reach of something, is tried again
+    retry_seconds: float = 10.0  # before the first of them; each later wait is six times as long
 
     def __post_init__(self) -> None:
         for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
@@ -31,7 +33,7 @@ class RunConfig:
             raise ValueError(
                 f"num_threads must be at most {4 * (os.cpu_count() or 1)} on this machine, got {self.num_threads}"
             )
-        for name in ("num_threads", "device_batch_size", "preview_every_steps"):
+        for name in ("num_threads", "device_batch_size", "preview_every_steps", "stage_retries", "retry_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

@@ -4,7 +4,6 @@ MLflow itself is not imported here: a "no" costs milliseconds, and so does "noth
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from dit import locks
 from dit.paths import Paths, write_atomic
 
 PROBE_SECONDS = 3.0  # for the first sign of life of a server or a database
@@ -44,8 +44,12 @@ def absent(error: Exception) -> bool:
 
 
 def tracking_uri(paths: Paths) -> str:
-    """MLFLOW_TRACKING_URI, or else the database beside params.yaml."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(paths.root / 'mlflow.db').resolve()}"
+    """MLFLOW_TRACKING_URI, or else a database; it, or one that is named relatively, lies in the checkout's home."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme, _, path = uri.partition(":///")
+    if scheme == "sqlite" and path and not path.startswith("/"):
+        return f"sqlite:///{(paths.home / path).resolve()}"
+    return uri
 
 
 def require(uri: str, paths: Paths, migrate: Callable[[Path], None]) -> None:
@@ -54,10 +58,7 @@ def require(uri: str, paths: Paths, migrate: Callable[[Path], None]) -> None:
     if database is None:
         return _probe(uri)
     if _empty(database):
-        lock = paths.scratch / "lock" / "mlflow"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "a") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
+        with locks.held(paths.memory / "lock" / "mlflow"):
             if _empty(database):
                 _make(database, migrate)
     with contextlib.closing(sqlite3.connect(database, timeout=PROBE_SECONDS)) as connection:

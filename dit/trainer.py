@@ -139,7 +139,8 @@ def fit(
         _require_finite(losses, step, learner.weights)
         return learner.pack(step, losses, rows)
 
-    progress = Progress("train", (train.max_steps - step) * train.global_batch_size)
+    size = train.global_batch_size
+    progress = Progress("train", train.max_steps * size, before=step * size)
     saved = None
     network.train()
     while step < train.max_steps:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit import torchvision_cpu
-from dit.paths import file_sha256
+from dit.paths import Given, file_sha256, given_here
 from dit.progress import Progress
 from dit.randomness import generator
 from dit.schedule import warmup_cosine
@@ -36,7 +36,8 @@ def batch_of(side: int) -> int:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """`pretrained` names a hub id or a diffusers folder; where it is null, the rest says how to fit one."""
+    """`pretrained` names a hub id, a diffusers folder, or models:/NAME/3 for a registered model's own; where it is null,
+    the rest says how to fit one."""
 
     pretrained: str | None
     block_out_channels: tuple[int, ...] = (8, 16, 16)  # each but the last halves the side
@@ -182,13 +183,13 @@ def fit(images: np.ndarray, config: VaeConfig, device: torch.device) -> "Autoenc
     return network
 
 
-def fetch(pretrained: str, destination: Path) -> None:
-    """Copy a pretrained autoencoder (a diffusers folder, or a hub id) to `destination`.
+def fetch(pretrained: str, destination: Path, given: Given = given_here) -> None:
+    """Copy a pretrained autoencoder (a diffusers folder, `given` says where, or a hub id) to `destination`.
 
     Raises ValueError that says which files to bring, and where, if it is neither here nor to be had.
     """
-    source = Path(pretrained)
-    if not source.is_dir() and source.is_absolute():
+    source = given(pretrained)
+    if not source.is_dir() and pretrained.startswith(("/", "~", ".")):
         raise ValueError(f"vae.pretrained: the folder {source} is not there")
     if not source.is_dir():
         source = _download(pretrained)

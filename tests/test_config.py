@@ -1,12 +1,14 @@
+import json
 import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit.check import check
+from dit.check import check, check_in_dvc
 from dit.checkpoint import network_config, save_checkpoint
 from dit.config import check_sections, digest, load, parse, read_params
 from dit.model import DiT, ModelConfig
@@ -321,3 +323,47 @@ def test_without_git_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     with pytest.raises(ValueError, match="in no git repository, and DVC needs one: git init"):
         check(Paths(tmp_path))
+
+
+def test_an_optional_section_is_checked_and_has_its_defaults_where_it_is_missing():
+    @dataclass(frozen=True)
+    class Extra:
+        count: int = 3
+
+    params = {"train": {"lr": 1, "max_steps": 1}}
+    assert check_sections([stage], params, optional={"extra": Extra})["extra"] == Extra(3)
+    given = check_sections([stage], params | {"extra": {"count": 4}}, optional={"extra": Extra})
+    assert given["extra"] == Extra(4)
+    with pytest.raises(ValueError, match=r"extra.cuont: no such setting \(did you mean extra.count\?\)"):
+        check_sections([stage], params | {"extra": {"cuont": 4}}, optional={"extra": Extra})
+    with pytest.raises(ValueError, match="extra: expected settings below it"):
+        check_sections([stage], params | {"extra": None} | {"extra": 3}, optional={"extra": Extra})
+    with pytest.raises(ValueError, match="extra: no such section"):
+        check_sections([stage], params | {"extra": {}})
+
+
+def test_inside_dvc_a_refusal_is_the_stages_outcome(project, monkeypatch):
+    outcome = project / "scratch" / "outcome" / "scan.json"
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("lr: 4e-3", "lr: -1"))
+    for stage in (None, "scan"):
+        assert not outcome.exists()
+        if stage:
+            monkeypatch.setenv("DVC_STAGE", stage)
+        with pytest.raises(ValueError, match="train.lr must be above 0"):
+            check_in_dvc(Paths(project))
+    told = json.loads(outcome.read_text())
+    assert (told["stage"], told["status"], told["retry"]) == ("scan", "refused", False)
+    assert told["message"] == "train.lr must be above 0 and below 10, got -1.0"
+
+
+def test_in_a_worktree_the_files_that_settings_name_are_the_homes(project, tmp_path):
+    home, text = tmp_path / "home", (project / "params.yaml").read_text()
+    (home / "weights").mkdir(parents=True)
+    np.savez(home / "weights" / "f.npz", keys=["a"], features=np.ones((1, 4), np.float32))
+    (project / "params.yaml").write_text(text.replace("features: null", "features: weights/f.npz"))
+    with pytest.raises(ValueError, match=r"encode.features: the file weights/f.npz is not there"):
+        check(Paths(project))
+    (project / "scratch").mkdir(exist_ok=True)
+    (project / "scratch" / "home").write_text(str(home))
+    assert check(Paths(project))["encode"].features == "weights/f.npz"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_architecture import FLOOR, ROOT, dit_modules
 
-from dit.check import STAGES, stage_functions
+from dit.check import OPTIONAL, STAGES, stage_functions
 from dit.config import read_params, sections_of
 from dit.presets import names, resolve
 
@@ -95,7 +95,7 @@ def test_every_preset_is_valid_and_params_hold_one_of_them():
 
     assert {"digits", "smoke", "xl2"} <= set(names(ROOT / "presets"))
     for name in [*names(ROOT / "presets"), str(ROOT / "tests" / "micro.yaml")]:
-        sections = check_sections(stage_functions(), resolve(name, ROOT / "presets"))
+        sections = check_sections(stage_functions(), resolve(name, ROOT / "presets"), optional=OPTIONAL)
         assert list(conflicts(sections)) == [], name
     params = read_params(ROOT / "params.yaml")
     assert params == resolve(params["preset"], ROOT / "presets")

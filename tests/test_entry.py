@@ -18,6 +18,7 @@ import signal, sys, time
 from dataclasses import dataclass
 from dit import entry
 from dit.paths import Paths, publish
+from dit.places import OutOfReach
 
 @dataclass(frozen=True)
 class Section:
@@ -28,6 +29,10 @@ def toy(toy: Section, *, paths: Paths) -> None:
         raise ValueError("toy.what: refuse is no good: use work")
     if toy.what == "fail":
         raise RuntimeError("broken")
+    if toy.what == "reach":
+        raise OutOfReach("s3://b did not answer")
+    if toy.what == "bug":
+        toy.no_such_thing
     if toy.what == "full":
         with publish(paths.artifacts / "toy", paths.scratch) as folder:
             (folder / "half").write_text("half")
@@ -95,7 +100,7 @@ def test_each_end_has_its_exit_code_its_line_and_its_outcome(toy, what, code, st
     _, stderr = (process := start(what)).communicate(timeout=60)
     assert (process.returncode, stderr) == (code, line)
     told = outcome(folder)
-    assert (told["status"], told["exit_code"]) == (status, code)
+    assert (told["status"], told["exit_code"], told["retry"]) == (status, code, False)
     assert (folder / "artifacts" / "toy").exists() == (what in ("work", "late"))
     assert not list((folder / "scratch").glob("publish/*"))
 
@@ -107,6 +112,13 @@ def test_a_bug_shows_its_traceback(toy):
     assert outcome(folder)["message"] == "RuntimeError: broken"
 
 
+@pytest.mark.parametrize("what, retry", [("fail", True), ("reach", True), ("bug", False)])
+def test_the_outcome_says_whether_another_try_may_mend_it(toy, what, retry):
+    folder, start = toy
+    start(what).communicate(timeout=60)
+    assert outcome(folder)["status"] == "failed" and outcome(folder)["retry"] is retry
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("what", ["sleep", "step"])
 def test_a_signal_ends_it_with_75_and_lets_it_save(toy, what, number):
@@ -115,7 +127,7 @@ def test_a_signal_ends_it_with_75_and_lets_it_save(toy, what, number):
     assert process.stdout.readline() == "sleeping\n"
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75 and outcome(folder)["status"] == "interrupted"
+    assert process.returncode == 75 and outcome(folder)["status"] == "interrupted" and outcome(folder)["retry"]
     assert "the same command goes on where this one stopped" in stderr and "Traceback" not in stderr
     assert (folder / "saved").exists() == (what == "step")
     assert not (folder / "artifacts").exists()
@@ -128,7 +140,7 @@ def test_one_at_a_time_and_the_lock_dies_with_its_holder(toy):
     second = start("work")
     assert (
         second.stdout.readline()
-        == f"toy: waiting for process {first.pid} on {os.uname().nodename}, which runs this stage already\n"
+        == f"toy: waiting for process {first.pid} on {os.uname().nodename} (in {folder}), which runs this stage already\n"
     )
     time.sleep(0.3)
     assert second.poll() is None and not (folder / "artifacts").exists()

@@ -1,8 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
 
-from dit.paths import publish, write_atomic, write_json
+from dit.paths import Paths, publish, write_atomic, write_json
 
 
 def test_a_result_replaces_the_old_one_whole(tmp_path):
@@ -46,3 +47,23 @@ def test_atomic_writing_keeps_the_old_content_when_it_fails(tmp_path, monkeypatc
     with pytest.raises(OSError):
         write_atomic(path, b"half")
     assert path.read_text() == '{\n "ä": 1\n}\n' and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_worktree_knows_its_home_where_memory_and_relative_paths_are(tmp_path):
+    root, home = tmp_path / "home" / "scratch" / "worktrees" / "a", tmp_path / "home"
+    (root / "scratch").mkdir(parents=True)
+    (root / "scratch" / "home").write_text(f"{home}\n")
+    paths = Paths(root)
+    assert (paths.home, paths.memory, paths.scratch) == (home, home / "scratch", root / "scratch")
+    assert paths.given("weights/x") == home / "weights" / "x" and paths.given("/data/x") == Path("/data/x")
+    assert paths.given("../photos").resolve() == tmp_path / "photos"
+    assert Paths(home).home == home and Paths(home).memory == Paths(home).scratch
+    assert Paths().given("weights/x") == Path("weights/x") and Paths().home == Path(".")
+
+
+def test_a_persons_own_folder_and_that_of_nobody(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert Paths(Path("/work")).given("~/photos") == Path("/home/anna/photos")
+    with pytest.raises(ValueError, match="~nobody-of-that-name/x") as caught:
+        Paths().given("~nobody-of-that-name/x")
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,10 @@
 """Versions by what they hold, and aliases, in a real database."""
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,3 +123,41 @@ def test_a_model_of_the_same_name_and_number_in_another_store_is_fetched_anew(tm
     assert download(paths, "digits", 1) == second
     with pytest.raises(ValueError, match="models:/digits/2 could not be fetched .refused"):
         download(paths, "digits", 2)
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from dit import registry
+from dit.paths import Paths
+fetch = registry._fetch_part
+registry._fetch_part = lambda *told: (print("fetches", flush=True), sys.stdin.readline(), fetch(*told))
+print(registry.download(Paths(Path(sys.argv[1])), "digits", 1), flush=True)
+"""
+
+
+def test_two_worktrees_at_once_fetch_a_model_once(client, run_id, tmp_path):
+    def pack(folder, entry):
+        (folder / "artifacts" / "ema").mkdir(parents=True)
+        (folder / "artifacts" / "ema" / "model.safetensors").write_bytes(b"ema")
+        (folder / "MLmodel").write_text("flavors: {}\n")
+
+    Registry(client, "digits", tmp_path / "work").add("aa", run_id, {}, pack)
+    running = []
+    try:
+        for name in "ab":
+            tree = tmp_path / "scratch" / "worktrees" / name
+            (tree / "scratch").mkdir(parents=True)
+            (tree / "scratch" / "home").write_text(str(tmp_path))
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            words = [sys.executable, "-c", FETCH, str(tree)]
+            running.append(subprocess.Popen(words, cwd=Path(__file__).parents[1], **pipes))
+            if name == "a":
+                assert running[0].stdout.readline() == "fetches\n"
+        time.sleep(0.2)
+        answers = [process.communicate("\n", timeout=120)[0].strip() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert answers[0] == answers[1] and Path(answers[0]).parent == tmp_path / "scratch" / "initial"
+    assert (Path(answers[0]) / "model.safetensors").read_bytes() == b"ema"

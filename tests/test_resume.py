@@ -1,6 +1,8 @@
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,13 @@ def paths(tmp_path):
     return Paths(tmp_path)
 
 
+def begin(paths, name, max_steps):
+    with resume.begun(paths, name, max_steps) as work:
+        return work
+
+
 def trained(paths, step, name="abc"):
-    work = resume.begin(paths, name, max_steps=10)
+    work = begin(paths, name, max_steps=10)
     save_state(work.folder, TrainingState(step, {"a": torch.ones(1)}, {"rows": []}), keep=2)
     return work
 
@@ -30,57 +37,65 @@ def record(paths, export):
 
 def test_the_same_training_goes_on_and_another_begins(paths, capsys):
     trained(paths, 4).note(mlflow_run_id="r1")
-    work = resume.begin(paths, "abc", max_steps=10)
+    work = begin(paths, "abc", max_steps=10)
     assert work.state.step == 4 and work.notes["mlflow_run_id"] == "r1"
     assert "going on at step 4 of 10" in capsys.readouterr().out
-    assert resume.begin(paths, "other", max_steps=10).state is None
+    assert begin(paths, "other", max_steps=10).state is None
 
 
 def test_finished_but_unknown_to_dvc_is_exported_again(paths):
     trained(paths, 10).note(export="x.dir")
     record(paths, "y.dir")
-    assert resume.begin(paths, "abc", max_steps=10).state.step == 10
+    assert begin(paths, "abc", max_steps=10).state.step == 10
 
 
 def test_finished_and_recorded_starts_afresh_when_asked_to_run(paths, capsys):
     trained(paths, 10).note(export="x.dir", mlflow_run_id="r1")
     record(paths, "x.dir")
-    work = resume.begin(paths, "abc", max_steps=10)
+    work = begin(paths, "abc", max_steps=10)
     assert work.state is None and "mlflow_run_id" not in work.notes and "starting afresh" in capsys.readouterr().out
+
+
+def test_a_flow_that_forces_it_takes_over_nothing_that_is_finished_but_goes_on_with_what_is_not(paths, monkeypatch):
+    monkeypatch.setenv("DIT_AFRESH", "1")
+    trained(paths, 4)
+    assert begin(paths, "abc", max_steps=10).state.step == 4
+    trained(paths, 10)
+    assert begin(paths, "abc", max_steps=10).state is None and (paths.scratch / "train" / "abc.1").exists()
 
 
 def test_recorded_and_raised_goes_on(paths):
     trained(paths, 10).note(export="x.dir")
     record(paths, "x.dir")
-    assert resume.begin(paths, "abc", max_steps=20).state.step == 10
+    assert begin(paths, "abc", max_steps=20).state.step == 10
 
 
 def test_lowered_below_what_was_done_starts_afresh(paths):
     trained(paths, 10)
-    assert resume.begin(paths, "abc", max_steps=5).state is None
+    assert begin(paths, "abc", max_steps=5).state is None
 
 
 def test_what_was_just_set_aside_is_not_pruned(paths):
     trained(paths, 4)
     os.utime(paths.scratch / "train" / "abc", (0, 0))
     for number in range(3):
-        trained(paths, 4, f"n{number}")
+        trained(paths, 10, f"n{number}").note(export=str(number))
     (paths.root / "model.py").write_text("two")
-    resume.begin(paths, "abc", max_steps=10)
+    begin(paths, "abc", max_steps=10)
     assert (paths.scratch / "train" / "abc.1").exists()
 
 
 def test_changed_code_starts_afresh_and_says_how_to_go_on(paths, capsys, monkeypatch):
     trained(paths, 4)
     (paths.root / "model.py").write_text("two")
-    assert resume.begin(paths, "abc", max_steps=10).state is None
+    assert begin(paths, "abc", max_steps=10).state is None
     said = capsys.readouterr().out
     assert "To go on with the old state instead: DIT_CONTINUE=abc.1 dvc repro" in said
     monkeypatch.setenv("DIT_CONTINUE", "abc.1")
-    work = resume.begin(paths, "abc", max_steps=10)
+    work = begin(paths, "abc", max_steps=10)
     assert work.state.step == 4 and len(work.notes["earlier_code"]) == 1
     monkeypatch.delenv("DIT_CONTINUE")
-    assert resume.begin(paths, "abc", max_steps=10).state.step == 4
+    assert begin(paths, "abc", max_steps=10).state.step == 4
 
 
 @pytest.mark.parametrize("wanted", ["nothing.1", "other.1"])
@@ -88,14 +103,114 @@ def test_only_the_same_training_can_be_continued(paths, monkeypatch, wanted):
     trained(paths, 4, "other.1")
     monkeypatch.setenv("DIT_CONTINUE", wanted)
     with pytest.raises(ValueError, match="DIT_CONTINUE"):
-        resume.begin(paths, "abc", max_steps=10)
+        begin(paths, "abc", max_steps=10)
+
+
+def kept(paths):
+    return sorted(folder.name for folder in (paths.scratch / "train").iterdir())
 
 
 def test_the_last_few_are_kept_and_one_command_cleans(paths):
     for number in range(7):
+        trained(paths, 10, f"n{number}").note(export=str(number))
+        os.utime(paths.scratch / "train" / f"n{number}", (number, number))
+    assert kept(paths) == ["n3", "n4", "n5", "n6"] and len(kept(paths)) == resume.KEEP
+    assert resume.clean(paths) > 0 and not kept(paths)
+
+
+def test_what_was_interrupted_waits_a_week_beside_the_last_few(paths):
+    for number in range(7):
         trained(paths, 4, f"n{number}")
-    assert len(list((paths.scratch / "train").iterdir())) == resume.KEEP
-    assert resume.clean(paths) > 0 and not list((paths.scratch / "train").iterdir())
+    assert len(kept(paths)) == 7
+    long_ago = time.time() - 8 * 86400
+    for number in range(5):
+        os.utime(paths.scratch / "train" / f"n{number}", (long_ago + number, long_ago + number))
+    trained(paths, 10, "last")
+    assert kept(paths) == ["last", "n2", "n3", "n4", "n5", "n6"]
+
+
+# Another process, of another worktree of the same checkout: it trains until the file `go` is there.
+OTHER = """
+import sys, time
+from pathlib import Path
+import torch
+from dit import resume
+from dit.checkpoint import TrainingState, save_state
+from dit.paths import Paths
+
+paths, name, steps = Paths(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+with resume.begun(paths, name, 10) as work:
+    print("begun at", work.state.step if work.state else 0, flush=True)
+    while not (paths.root / "go").exists():
+        time.sleep(0.02)
+    save_state(work.folder, TrainingState(steps, {"a": torch.full((1,), float(steps))}, {"rows": []}), keep=2)
+    work.note(export="x.dir")
+"""
+
+
+@pytest.fixture
+def other(paths, tmp_path_factory):
+    """other(name, steps) starts a training in a worktree of `paths` and gives the process and the worktree's Paths."""
+    running = []
+
+    def start(name, steps):
+        root = tmp_path_factory.mktemp("worktree")
+        (root / "scratch").mkdir()
+        (root / "scratch" / "home").write_text(f"{paths.root}\n")
+        shutil.copy(paths.root / "dvc.yaml", root)
+        shutil.copy(paths.root / "model.py", root)
+        words = [sys.executable, "-c", OTHER, str(root), name, str(steps)]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]))
+        return running[-1], Paths(root)
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_worktree_waits_and_takes_over_what_the_first_finished(paths, other):
+    first, place = other("abc", 10)
+    assert first.stdout.readline() == "begun at 0\n"
+    second, second_place = other("abc", 10)
+    said = second.stdout.readline()
+    assert said.startswith(f"train: waiting for process {first.pid} on ") and "what it finishes is taken over" in said
+    (second_place.root / "go").touch()
+    (place.root / "go").touch()
+    assert first.wait(timeout=60) == 0
+    assert second.stdout.readline() == "going on at step 10 of 10\n"
+    assert second.stdout.readline() == "begun at 10\n" and second.wait(timeout=60) == 0
+    assert kept(paths) == ["abc"] and not (place.scratch / "train").exists()
+
+
+def test_a_killed_one_leaves_its_training_to_who_waits(paths, other):
+    trained(paths, 4)
+    first, _ = other("abc", 10)
+    assert first.stdout.readline() == "going on at step 4 of 10\n" and first.stdout.readline() == "begun at 4\n"
+    second, place = other("abc", 10)
+    assert second.stdout.readline().startswith("train: waiting")
+    first.kill()
+    assert second.stdout.readline() == "going on at step 4 of 10\n"
+    (place.root / "go").touch()
+    assert second.wait(timeout=60) == 0
+
+
+def test_what_another_process_is_at_is_neither_pruned_nor_cleaned(paths, other):
+    trained(paths, 10, "busy").note(export="old")
+    process, place = other("busy", 20)
+    while process.stdout.readline() != "begun at 10\n":
+        pass
+    os.utime(paths.scratch / "train" / "busy", (0, 0))
+    for number in range(6):
+        trained(paths, 10, f"n{number}").note(export=str(number))
+        os.utime(paths.scratch / "train" / f"n{number}", (number + 1, number + 1))
+    assert kept(paths) == ["busy", "n2", "n3", "n4", "n5"]
+    (paths.scratch / "initial" / "weights").mkdir(parents=True)
+    resume.clean(paths)
+    assert kept(paths) == ["busy"] and (paths.scratch / "initial" / "weights").exists()
+    (place.root / "go").touch()
+    assert process.wait(timeout=60) == 0 and resume.clean(paths) > 0
+    assert not kept(paths) and not (paths.scratch / "initial" / "weights").exists()
 
 
 def test_the_hash_is_dvcs_own(tmp_path):

@@ -1,6 +1,7 @@
 """Reuse: the right file or none, whatever became of index and cache."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -101,6 +102,65 @@ def test_a_stopped_run_leaves_its_files_to_the_next(paths):
     assert fetched(paths)[1] == b"content"
     (paths.root / "destination").unlink()
     assert fetched(paths) == (None, None)  # that run ended well: its file is DVC's now, and here it has no DVC
+
+
+# Another process, which makes `digest`, waits for the file `go`, and ends well, or is killed.
+OTHER = """
+import sys, time
+from pathlib import Path
+from dit import reuse
+from dit.paths import Paths
+
+home, digest = Path(sys.argv[1]), sys.argv[2]
+file = home / f"{digest}.made"
+file.write_text(digest)
+with reuse.opened(Paths(home), "stage") as index:
+    reuse.remember(index, digest, file)
+    print("made", flush=True)
+    while not (home / "go").exists():
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def other(paths):
+    running = []
+
+    def start(digest):
+        words = [sys.executable, "-c", OTHER, str(paths.root), digest]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]))
+        assert running[-1].stdout.readline() == "made\n"
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def remembered(paths: Paths) -> set[str]:
+    return set(json.loads((paths.scratch / "reuse" / "stage.json").read_text()))
+
+
+def test_what_several_processes_add_at_once_is_all_remembered(paths, other):
+    processes = [other("a"), other("b")]
+    file = paths.root / "made"
+    file.write_text("c")
+    with reuse.opened(paths, "stage") as index:
+        reuse.remember(index, "c", file)
+        (paths.root / "go").touch()
+        assert [process.wait(timeout=60) for process in processes] == [0, 0] and remembered(paths) == {"a", "b"}
+    assert remembered(paths) == {"a", "b", "c"} and not list((paths.scratch / "reuse" / "stage").iterdir())
+
+
+def test_unfinished_files_of_a_living_process_are_its_own_and_those_of_a_killed_one_are_taken_over(paths, other):
+    process = other("a")
+    assert fetched(paths, "a") == (None, None)
+    assert len(list((paths.scratch / "reuse" / "stage").glob("*/a"))) == 1  # it ended well, and left the other's alone
+    process.kill()
+    process.wait()
+    assert fetched(paths, "a")[1] == b"a"
+    assert not list((paths.scratch / "reuse" / "stage").iterdir())
 
 
 def test_stages_do_not_mix(paths, cached):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dit import start
-from dit.check import conflicts, stage_functions
+from dit.check import OPTIONAL, conflicts, stage_functions
 from dit.checkpoint import FORMAT
 from dit.config import check_sections, read_params
 from dit.expectations import GIB, Machine, expectations, look
@@ -89,7 +89,7 @@ def test_the_preset_fits_images_and_machine(tmp_path, machine, side, count, have
 def test_what_init_makes_of_any_preset_is_valid_and_explained(tmp_path, machine, preset, classes):
     pictures, base, there = found(classes=classes), resolve(preset, ROOT / "presets"), weights(tmp_path)
     settings = merged(base, start.overlay(pictures, machine, there, base, "mine", True))
-    assert list(conflicts(check_sections(stage_functions(), settings))) == []
+    assert list(conflicts(check_sections(stage_functions(), settings, optional=OPTIONAL))) == []
     told = expectations(pictures, machine, there, settings)
     assert any(line.startswith("quality: ") for line in told) and any(line.startswith("time: ") for line in told)
 
@@ -105,7 +105,7 @@ def test_init_writes_valid_settings_and_keeps_comments(project, tmp_path):
         "  # " in project.params.read_text() and "block_out_channels: [8, 16, 32]  # each" in project.params.read_text()
     )
     assert "params.yaml is written" in told and told[-1].startswith("Next: ") and "24 images" in told[0]
-    assert list(conflicts(check_sections(stage_functions(), params))) == []
+    assert list(conflicts(check_sections(stage_functions(), params, optional=OPTIONAL))) == []
 
 
 def test_what_a_person_edited_is_kept_and_the_difference_shown(project, tmp_path):
@@ -222,7 +222,7 @@ def test_weights_of_another_network_and_objective_decide_both(tmp_path):
     settings = merged(base, start.overlay(found(), H100, there, base, "mine", True))
     assert settings["model"]["hidden_size"] == 384 and settings["objective"]["name"] == "transport"
     assert {s["sampler"] for s in settings["sample"]["settings"]} == {"heun"}
-    assert list(conflicts(check_sections(stage_functions(), settings))) == []
+    assert list(conflicts(check_sections(stage_functions(), settings, optional=OPTIONAL))) == []
 
 
 def test_held_out_images_are_some_and_not_too_many():

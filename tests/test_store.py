@@ -156,3 +156,26 @@ def test_the_stamp_changes_when_something_is_written_and_only_then(paths):
     assert store.store_stamp(paths) == before
     client.create_experiment("one more")
     assert store.store_stamp(paths) != before
+
+
+@pytest.mark.parametrize("told", [None, "sqlite:///mlflow.db"])
+def test_a_worktree_uses_the_database_of_its_home(tmp_path, monkeypatch, told):
+    if told:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", told)
+    else:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tree = Paths(tmp_path / "tree")
+    tree.scratch.mkdir(parents=True)
+    (tree.scratch / "home").write_text(str(tmp_path))
+    monkeypatch.chdir(tree.root)
+    assert store.tracking_uri(tree) == f"sqlite:///{tmp_path}/mlflow.db"
+    client = tracking.connect(tree)
+    experiment = client.get_experiment(tracking._experiment(client, "x", store.tracking_uri(tree)))
+    assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+    assert (tmp_path / "mlflow.db").is_file() and not (tree.root / "mlflow.db").exists()
+
+
+def test_an_absolute_database_and_a_server_stay_as_they_are(paths, monkeypatch):
+    for uri in ("sqlite:////abs/x.db", "http://host:5000", "postgresql://u:p@h/d"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert store.tracking_uri(paths) == uri

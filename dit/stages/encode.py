@@ -33,7 +33,7 @@ def encode(data: DataConfig, encode: EncodeConfig, run: RunConfig, *, paths: Pat
         raise ValueError(
             f"data.image_size {data.image_size} is no multiple of {autoencoder.factor}, the autoencoder's factor"
         )
-    features = open_features(encode.features, device) if encode.features else None
+    features = open_features(encode.features, device, paths.given) if encode.features else None
     keys = keys_of(paths.artifacts / "shard", manifest, features)
     progress = Progress("encode", sum(shard["samples"] for shard in manifest["shards"]))
     shards, statistics, built = [], Statistics(autoencoder.channels), 0

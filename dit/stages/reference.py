@@ -22,7 +22,7 @@ from dit.extractors import Extractor, classifier_extractor, open_extractor
 from dit.features import collect, evenly
 from dit.imagesets import ImageSet, from_shards
 from dit.parallel import world
-from dit.paths import Paths, file_sha256, publish, write_json
+from dit.paths import Given, Paths, file_sha256, given_here, publish, write_json
 from dit.progress import Progress
 from dit.runtime import RunConfig
 from dit.shards import read_manifest
@@ -42,7 +42,7 @@ def reference(data: DataConfig, reference: ReferenceConfig, run: RunConfig, *, p
     told = {"extractor": f"{data.name}_{'classifier' if data.num_classes else 'rotation'}"}
     told |= {"data": manifest["digest"], "num_classes": data.num_classes}
     with publish(paths.artifacts / "reference", paths.scratch) if here.main else nullcontext() as folder:
-        told = write_reference(here.share(folder), train, heldout, told, reference, device)
+        told = write_reference(here.share(folder), train, heldout, told, reference, device, paths.given)
     if here.main:
         print(", ".join(f"{key} {value}" for key, value in told.items()))
 
@@ -54,18 +54,20 @@ def write_reference(
     told: dict[str, Any],
     config: ReferenceConfig,
     device: torch.device | str = "cpu",
+    given: Given = given_here,
 ) -> dict[str, Any]:
     """Fit the classifiers that are needed, on `told["num_classes"]` classes, and fill `folder`.
 
     `told["extractor"]` is the classifier's name, which another extractor replaces by its own. Statistics are of all
     training images; the features of at most `config.max_features`, evenly spaced, are kept for metrics that compare
-    image with image. What reference.json says is returned. Called by every process of `world()`; the main one writes.
+    image with image. What reference.json says is returned. `given` says where config.weights lie. Called by every
+    process of `world()`; the main one writes.
     """
     here, told = world(), dict(told)
     if here.main:
         told |= _fit(folder, train, heldout, told["num_classes"], config)
     told = here.share(told)
-    extractor = _extractor(folder, told, config, device)
+    extractor = _extractor(folder, told, config, device, given)
     told |= {"extractor": extractor.name, "extractor_kind": config.extractor, "extractor_digest": extractor.digest}
     told |= {"weights": config.weights, "resize": extractor.resize, "count": train.count, "image_size": train.size[0]}
     scratch = Path(here.share(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent) if here.main else None))
@@ -110,11 +112,17 @@ def _some(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts), labels
 
 
-def _extractor(folder: Path, told: dict[str, Any], config: ReferenceConfig, device: torch.device | str) -> Extractor:
+def _extractor(
+    folder: Path,
+    told: dict[str, Any],
+    config: ReferenceConfig,
+    device: torch.device | str,
+    given: Given,
+) -> Extractor:
     if config.extractor == "classifier":
         weights = folder / "classifier.safetensors"
         return classifier_extractor(told["extractor"], weights, bool(told["num_classes"]), device)
-    return open_extractor(config.extractor, device=device, weights=Path(config.weights) if config.weights else None)
+    return open_extractor(config.extractor, device=device, weights=given(config.weights) if config.weights else None)
 
 
 def _tensors(

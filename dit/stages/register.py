@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dit import entry, packing, runtime, store, tracking
+from dit import entry, locks, packing, runtime, store, tracking
 from dit.config import digest
 from dit.contest import Candidate, Incomparable, beats, forbidden, read_candidate, rescore
 from dit.evaluation import EvaluateConfig
@@ -32,13 +32,15 @@ TESTED, RECORD, SETTLED, TERMS = "dit.tested", "dit.record", "dit.settled", "dit
 class RegisterConfig:
     """The registered model's name, and the figure that decides: `metric` (fid, fid_pooled, ...) of a sample setting.
 
-    `allowed_licenses`: of other people's weights that a champion may descend from; null = any.
+    `allowed_licenses`: of other people's weights that a champion may descend from; null = any. With `promotion` manual
+    a model that would become the champion stays a challenger until a person moves the alias.
     """
 
     model_name: str
     setting: str
     metric: str = "fid"
     allowed_licenses: tuple[str, ...] | None = None
+    promotion: Literal["auto", "manual"] = "auto"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.model_name):
@@ -55,7 +57,7 @@ def register(
     code = packing.shipped_files()
     candidate = read_candidate(paths.artifacts, code, register.setting, register.metric, sample, evaluate)
     key = digest(candidate.digest, candidate.terms, register, store.tracking_uri(paths))
-    told = _remembered(paths, key)
+    told = _remembered(paths, _memory(paths, register), key)
     if told is None:
 
         def score_champion(champion: Version) -> tuple[float, Setting]:
@@ -65,40 +67,53 @@ def register(
             with store.translated():
                 client = tracking.connect(paths, timeout_seconds=UPLOAD_SECONDS)
                 registry = Registry(client, register.model_name, _workspace(paths))
-                version = registry.find(candidate.digest) or _add(registry, candidate, sample, run, paths)
-                told = _settle(registry, version, candidate, register.allowed_licenses, score_champion, paths)
+                with locks.held(_memory(paths, register).with_suffix(".lock"), _waiting):
+                    version = registry.find(candidate.digest) or _add(registry, candidate, sample, run, paths)
+                    told = _settle(registry, version, candidate, register, score_champion, paths)
         except store.Unreachable as error:
             store.say_unreachable(paths, error)
             told = _offline(register.model_name, candidate, error)
         if told["decision"] in ("champion", "challenger"):
-            write_json(_workspace(paths) / "last.json", {"key": key, "store": store.store_stamp(paths), "told": told})
+            write_json(_memory(paths, register), {"key": key, "store": store.store_stamp(paths), "told": told})
     with publish(paths.artifacts / "register", paths.scratch) as folder:
         write_json(folder / "model.json", told)
     what = f"version {told['version']}, {told['decision']}" if told["registered"] else "not registered"
     print(f"{told['name']}: {what}. {' '.join(told['reasons'])}")
 
 
+def _waiting(holder: str) -> None:
+    print(f"register: waiting for process {holder}, which decides on another version of this model")
+
+
 def _settle(
     registry: Registry,
     version: Version,
     candidate: Candidate,
-    allowed: Sequence[str] | None,
+    register: RegisterConfig,
     score_champion: Callable[[Version], tuple[float, Setting]],
     paths: Paths,
 ) -> dict[str, Any]:
     """Test, decide, move the alias: what of it is not done yet. Returns the content of model.json.
 
-    A candidate whose licence is not `allowed` is no champion, whatever its figure, and ceases to be where it was; a
-    champion whose licence is not counts as none.
+    A candidate whose licence is not allowed is no champion, whatever its figure, and ceases to be where it was; a
+    champion whose licence is not counts as none. Where a person promotes, what would be champion is a challenger.
     """
     if TESTED not in version.tags:
         packing.try_out(f"models:/{registry.name}/{version.number}", store.tracking_uri(paths))
         registry.tag(version, {TESTED: "true"})
     record = json.loads(version.tags.get(RECORD, "{}"))
-    asked = digest(candidate.terms) if allowed is None else digest(candidate.terms, sorted(allowed))
+    allowed = register.allowed_licenses
+    asked = digest(
+        candidate.terms,
+        *([] if allowed is None else [sorted(allowed)]),
+        *([] if register.promotion == "auto" else [register.promotion]),
+    )
     if record.get("terms") != asked:
         registry.tag(version, {candidate.score_tag: repr(candidate.value), TERMS: json.dumps(candidate.terms)})
         record = {"terms": asked, **_decide(registry, version, candidate, allowed, score_champion)}
+        if register.promotion == "manual" and record["decision"] == "champion" != _alias(registry, version):
+            record |= {"alias": "challenger", "decision": "challenger"}
+            record["reasons"] = [*record["reasons"], _by_hand(registry.name, version)]
         if record["decision"] != "undecided":
             registry.tag(version, {RECORD: json.dumps(record)})
     if version.tags.get(SETTLED) != digest(record):  # else the aliases are as decided, or as a person moved them since
@@ -205,7 +220,7 @@ def _add(registry: Registry, candidate: Candidate, sample: SampleConfig, run: Ru
 
 def _tell(registry: Registry, version: Version, candidate: Candidate, record: dict[str, Any]) -> dict[str, Any]:
     aliases, reasons = registry.aliases(), list(record["reasons"])
-    alias = next((name for name in ("champion", "challenger") if aliases.get(name) == version.number), None)
+    alias = _alias(registry, version)
     if alias != record["alias"]:
         now = aliases.get(record["alias"])
         reasons.append(f"Since then @{record['alias']} has moved to {f'version {now}' if now else 'no version'}.")
@@ -213,6 +228,16 @@ def _tell(registry: Registry, version: Version, candidate: Candidate, record: di
     told |= {"decision": record["decision"], "reasons": reasons, **_figure(candidate)}
     told |= {name: record[name] for name in ("champion_version", "champion_value")}
     return told | {"run_id": version.run_id}
+
+
+def _alias(registry: Registry, version: Version) -> str | None:
+    aliases = registry.aliases()
+    return next((name for name in ("champion", "challenger") if aliases.get(name) == version.number), None)
+
+
+def _by_hand(name: str, version: Version) -> str:
+    move = f"MlflowClient().set_registered_model_alias({name!r}, 'champion', '{version.number}')"
+    return f"register.promotion is manual: to make it the champion move the alias, on MLflow's page or by {move}."
 
 
 def _offline(name: str, candidate: Candidate, error: store.Unreachable) -> dict[str, Any]:
@@ -230,14 +255,19 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _remembered(paths: Paths, key: str) -> dict[str, Any] | None:
+def _remembered(paths: Paths, file: Path, key: str) -> dict[str, Any] | None:
     # A local database that was not written to since says what it said then: no need to ask.
     try:
-        last = json.loads((_workspace(paths) / "last.json").read_text())
+        last = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return None
     same = last["key"] == key and last["store"] is not None and last["store"] == store.store_stamp(paths)
     return last["told"] if same else None
+
+
+def _memory(paths: Paths, register: RegisterConfig) -> Path:
+    """What MLflow said last of this model: the file is the home's, whose database it is."""
+    return paths.memory / "register" / f"{register.model_name}.json"
 
 
 def _workspace(paths: Paths) -> Path:

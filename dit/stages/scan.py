@@ -8,18 +8,18 @@ from which an image has its generation and number for ever; nothing downstream r
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from pathlib import Path
 
-from dit import entry, reuse, storage
+from dit import entry, locks, reuse, storage
 from dit.files import Files, list_images, open_source
 from dit.paths import Paths, write_atomic
-from dit.places import READERS, UNSETTLED_NS, Changed
+from dit.places import READERS, UNSETTLED_NS, Changed, Place
 from dit.progress import Progress
+from dit.retraining import compare
 from dit.sources import (
     DataConfig,
     Entry,
@@ -40,9 +40,9 @@ def scan(data: DataConfig, *, paths: Paths) -> None:
     """List the source in artifacts/scan/listing.json, which stays as it is where nothing changed."""
     file = paths.artifacts / "scan" / "listing.json"
     before = last_listing(paths, file)
-    source = open_source(data, memory=paths.scratch / "scan" / "archives", bucket=storage.Bucket)
+    source = open_source(data, memory=paths.memory / "scan" / "archives", bucket=storage.Bucket, given=paths.given)
     found = list_images(data, source)
-    hashes = content_hashes(source, found.images, paths.scratch / "scan")
+    hashes = content_hashes(source, found.images, paths.memory / "scan")
     listing = succeed(before, data, found, hashes)
     content = format_listing(listing)
     if before is None or file.read_bytes() != content:
@@ -88,18 +88,15 @@ def succeed(before: Listing | None, data: DataConfig, found: Found, hashes: dict
 
 def summary(before: Listing | None, listing: Listing, others: int = 0) -> str:
     """One line for a person: how many images, and what changed."""
-    restarted = before is not None and (before.source, before.labels) != (listing.source, listing.labels)
-    old = {row.key: row.sha256 for row in before.rows} if before and not restarted else {}
-    now = {row.key: row.sha256 for row in listing.rows}
-    changed = sum(1 for key, sha256 in now.items() if old.get(key, sha256) != sha256)
+    changes = compare(before, listing)
     classes = f" in {len(listing.classes)} classes" if listing.classes else ""
-    line = f"{len(now)} images{classes} of {listing.source!r}: "
-    line += f"{len(now.keys() - old.keys())} new, {changed} changed, {len(old.keys() - now.keys())} gone"
-    if unreadable := Counter(now.values())[""]:
+    line = f"{len(listing.rows)} images{classes} of {listing.source!r}: "
+    line += f"{changes.new.total()} new, {changes.changed.total()} changed, {changes.gone.total()} gone"
+    if unreadable := sum(not row.sha256 for row in listing.rows):
         line += f"; {unreadable} could not be read"
     if others:
         line += f"; {others} other files ignored"
-    if restarted:
+    if changes.restarted:
         line += "; another source or kind of labels than before: the history starts anew"
     elif before and before.classes != listing.classes:
         line += "; the classes changed: labels count through their names as they are now"
@@ -109,10 +106,20 @@ def summary(before: Listing | None, listing: Listing, others: int = 0) -> str:
 def content_hashes(source: Source, images: list[Entry], scratch: Path) -> dict[str, str]:
     """key -> sha256, "" where a file can't be read, no entry where it vanished meanwhile.
 
-    Hashes of files with an unchanged stamp come from the memory that the last scan left, finished or not.
+    Hashes of files with an unchanged stamp come from the memory that the last scan left in `scratch`, finished or not.
+    Another process that looks at the same place is waited for: what it read need not be read again.
     """
     place = source.place if isinstance(source, Files) else None
-    file = scratch / f"{hashlib.sha256((place.name if place else '').encode()).hexdigest()[:16]}.json"
+    name = hashlib.sha256((place.name if place else "").encode()).hexdigest()[:16]
+    with locks.held(scratch / f"{name}.lock", _waiting):
+        return _content_hashes(source, place, images, scratch / f"{name}.json")
+
+
+def _waiting(holder: str) -> None:
+    print(f"scan: waiting for process {holder}, which looks at the same source: what it has read counts here too")
+
+
+def _content_hashes(source: Source, place: Place | None, images: list[Entry], file: Path) -> dict[str, str]:
     memory, journal = _remembered(file), file.with_suffix(".journal")
     started = time.time_ns()
     hashes = {image.key: image.sha256 for image in images if image.sha256 is not None}
@@ -126,7 +133,6 @@ def content_hashes(source: Source, images: list[Entry], scratch: Path) -> dict[s
 
     changed: set[str] = set()  # while we looked: they are looked at again
     if unknown:
-        scratch.mkdir(parents=True, exist_ok=True)
         with open(journal, "a", encoding="utf-8") as lines:
             lines.write("\n")  # what a killed process has left may end in the midst of a line
             saved = time.monotonic()

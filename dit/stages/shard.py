@@ -16,7 +16,7 @@ def shard(data: DataConfig, *, paths: Paths) -> None:
     listing = read_listing(paths.artifacts / "scan" / "listing.json")
     if (listing.source, listing.labels, len(listing.classes)) != (data.source, data.labels, data.num_classes):
         raise ValueError(f"data.source: the listing is of {listing.source!r} or other labels: run the scan stage again")
-    source = open_source(data, memory=paths.scratch / "scan" / "archives", bucket=storage.Bucket)
+    source = open_source(data, memory=paths.memory / "scan" / "archives", bucket=storage.Bucket, given=paths.given)
     blocks = plan(listing, data)
     with reuse.opened(paths, "shard") as index, publish(paths.artifacts / "shard", paths.scratch) as folder:
         made, built = make_shards(folder, blocks, data, source, index)

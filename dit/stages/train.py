@@ -43,45 +43,45 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
     data = LatentDataset(encoded, train.seed, train.global_batch_size)
     config = describe(network, objective, train, index, initial)
     name = mathematics(network, objective, train, index["digest"], initial and initial.digest)
-    work = resume.begin(paths, name, train.max_steps)
-    if initial and work.state is None:
-        for sentence in finetune.begin_with(network, initial, objective, index, trained=train.max_steps > 0):
-            print(sentence)
-    size = f"{sum(p.numel() for p in network.parameters()):,} parameters, {data.size} images"
-    print(f"{size}, {train.max_steps} steps of {train.global_batch_size} on {device}")
-    inputs = [tracking.Dataset(index["data"]["name"], index["digest"], encoded.as_posix(), "train")]
-    with tracking.open_run(
-        paths,
-        f"{index['data']['name']}-{name[:8]}",
-        experiment=run.experiment,
-        datasets=inputs,
-        run_id=work.notes.get("mlflow_run_id"),
-    ) as mirror:
-        work.note(mlflow_run_id=mirror.id or work.notes.get("mlflow_run_id"), tracking_uri=mirror.tracking_uri)
-        if config["license"]:
-            mirror.tags({"license": config["license"]})
-        state = work.take()
-        done = state.step if state else 0
-        with entry.deferred_interrupts() as should_stop:
-            state = fit(
-                network,
-                data,
-                objective,
-                train,
-                run,
-                resume=state,
-                log=with_speed(mirror.log, train.global_batch_size, done),
-                save=lambda state: keep(work.folder, state, train, run),
-                observe=previews(paths, work.folder / "previews", config, mirror.image),
-                should_stop=should_stop,
-            )
-        if state.step < train.max_steps:
-            raise entry.Interrupted(f"stopped at step {state.step} of {train.max_steps}, which is saved")
-    with publish(paths.artifacts / "train", paths.scratch) as folder:
-        export(folder, work, state, network, train, config)
-        if model.condition == "embeddings":
-            save_tensors(folder / "ema" / CONDITIONS, latents.conditions(encoded))
-    work.note(export=resume.dvc_hash(paths.artifacts / "train"))
+    with resume.begun(paths, name, train.max_steps) as work:
+        if initial and work.state is None:
+            for sentence in finetune.begin_with(network, initial, objective, index, trained=train.max_steps > 0):
+                print(sentence)
+        size = f"{sum(p.numel() for p in network.parameters()):,} parameters, {data.size} images"
+        print(f"{size}, {train.max_steps} steps of {train.global_batch_size} on {device}")
+        inputs = [tracking.Dataset(index["data"]["name"], index["digest"], encoded.as_posix(), "train")]
+        with tracking.open_run(
+            paths,
+            f"{index['data']['name']}-{name[:8]}",
+            experiment=run.experiment,
+            datasets=inputs,
+            run_id=work.notes.get("mlflow_run_id"),
+        ) as mirror:
+            work.note(mlflow_run_id=mirror.id or work.notes.get("mlflow_run_id"), tracking_uri=mirror.tracking_uri)
+            if config["license"]:
+                mirror.tags({"license": config["license"]})
+            state = work.take()
+            done = state.step if state else 0
+            with entry.deferred_interrupts() as should_stop:
+                state = fit(
+                    network,
+                    data,
+                    objective,
+                    train,
+                    run,
+                    resume=state,
+                    log=with_speed(mirror.log, train.global_batch_size, done),
+                    save=lambda state: keep(work.folder, state, train, run),
+                    observe=previews(paths, work.folder / "previews", config, mirror.image),
+                    should_stop=should_stop,
+                )
+            if state.step < train.max_steps:
+                raise entry.Interrupted(f"stopped at step {state.step} of {train.max_steps}, which is saved")
+        with publish(paths.artifacts / "train", paths.scratch) as folder:
+            export(folder, work, state, network, train, config)
+            if model.condition == "embeddings":
+                save_tensors(folder / "ema" / CONDITIONS, latents.conditions(encoded))
+        work.note(export=resume.dvc_hash(paths.artifacts / "train"))
 
 
 def initial_weights(train: TrainConfig, index: dict[str, Any], paths: Paths) -> Initial | None:

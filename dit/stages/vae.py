@@ -1,6 +1,7 @@
 """vae: the autoencoder, fitted to the training images or a pretrained one brought here so that it is versioned."""
 
-from dit import entry, runtime
+from dit import entry, registry, runtime
+from dit.addresses import registered
 from dit.paths import Paths, publish, write_json
 from dit.runtime import RunConfig
 from dit.shards import load_split
@@ -17,7 +18,9 @@ def vae(vae: VaeConfig, run: RunConfig, *, paths: Paths) -> None:
         if vae.pretrained is None:
             fit(load_split(shards, "train", MAX_IMAGES)[0], vae, device).save_pretrained(folder)
         else:
-            fetch(vae.pretrained, folder)
+            named = registered(vae.pretrained, "vae.pretrained")
+            source = registry.download(paths, *named, part="vae").as_posix() if named else vae.pretrained
+            fetch(source, folder, paths.given)
         autoencoder = Autoencoder.load(folder, device)
         heldout, _ = load_split(shards, "heldout", most=1000)
         told = {
