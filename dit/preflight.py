@@ -1,0 +1,288 @@
+"""Preflight: what a run will do and cost, in one line, and what can't end well, before anything is booked or begun.
+
+A flow asks by `ask`, which runs `dit check --json` in the run's own worktree: the code there may be another than the
+flow's, and the flow's process imports no torch. A person types `dit check`. What is stale DVC says, and nobody else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit import reach
+from dit.paths import Paths, write_json
+from dit.progress import clock
+from dit.staleness import stale_stages
+
+if TYPE_CHECKING:
+    from dit.estimate import Device
+    from dit.expectations import Machine
+
+WEEK_HOURS, DAY_HOURS = 7 * 24, 24
+LARGE_BYTES = 16e9  # of latents, which lie in memory while the network trains
+ANYWAY = "start it all the same with --anyway"
+RECORD = "preflight.json"  # in scratch/: what the run's last preflight said
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run will do. Hours, bytes and price are estimates; None where nobody knows."""
+
+    line: str
+    faults: list[str]  # why it can't end well; `refuse` raises them
+    warnings: list[str]
+    stages: list[str] = field(default_factory=list)  # to run, in the order of the pipeline
+    images: int | None = None
+    steps: int = 0  # of training
+    hours: float | None = None
+    hours_of: dict[str, float] = field(default_factory=dict)  # each stage's
+    memory_bytes: int = 0  # of one device, to train and to draw
+    device: str = ""
+    devices: int = 1
+    price_usd_per_hour: float | None = None  # US dollars, of one device: an assumption; None for a CPU
+    price_usd: float | None = None  # of the stages that use the accelerator
+
+    def dump(self) -> str:
+        """As JSON, for `load`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> "Preflight":
+        """What `dump` wrote, perhaps by another version of this code: what this one does not know is left out."""
+        told, known = json.loads(text), {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in told.items() if name in known})
+
+
+def refuse(told: Preflight, anyway: bool = False) -> None:
+    """Raise ValueError, a line for each fault, unless the run is to begin anyway."""
+    if told.faults and not anyway:
+        raise ValueError("\n".join([*told.faults, ANYWAY]))
+
+
+def ask(
+    root: Path,
+    *,
+    stale: Sequence[str] | None = None,
+    device: str | None = None,
+    devices: int = 1,
+    push: bool = True,
+    elsewhere: bool = False,
+) -> Preflight:
+    """The preflight of the worktree `root`, by its own code, kept in its scratch/preflight.json.
+
+    The arguments are those of `preflight`. Raises ValueError, a line for each fault, where the settings themselves are
+    wrong: that no `anyway` helps.
+    """
+    words = [sys.executable, "-m", "dit.cli", "check", "--json", "--devices", str(devices)]
+    words += ["--device", device] if device else []
+    words += ["--stale", ",".join(stale)] if stale is not None else []
+    words += [*([] if push else ["--no-push"]), *(["--elsewhere"] if elsewhere else [])]
+    outside = {name: value for name, value in os.environ.items() if name not in ("DVC_STAGE", "PYTHONSAFEPATH")}
+    done = subprocess.run(words, cwd=root, env=outside, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"dit check ended with {done.returncode}"]
+        lines = [line.removeprefix("dit: ") for line in lines if line.startswith("dit: ")] or lines[-1:]
+        raise ValueError("\n".join(lines))
+    told = Preflight.load(done.stdout.strip().splitlines()[-1])
+    write_json(Paths(root).scratch / RECORD, asdict(told))
+    return told
+
+
+def checked(
+    paths: Paths,
+    *,
+    stale: Sequence[str] | None = None,
+    device: str | None = None,
+    devices: int = 1,
+    push: bool = True,
+    elsewhere: bool = False,
+) -> Preflight:
+    """The preflight of params.yaml as it stands; what is stale is asked of DVC where it is not given.
+
+    Raises ValueError, a line for each fault, where the settings themselves are wrong.
+    """
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, got {devices}")
+    with ThreadPoolExecutor(1) as beside:  # while torch is imported
+        asked = beside.submit(stale_stages, paths.root) if stale is None else None
+        from dit import check
+
+        sections = check.check(paths, files=False)
+        stale = asked.result() if asked else stale
+    if unknown := set(stale or ()) - set(check.STAGES):
+        raise ValueError(f"--stale: no stage {', '.join(sorted(unknown))}: choose among {', '.join(check.STAGES)}")
+    return preflight(sections, paths, stale=stale, device=device, devices=devices, push=push, elsewhere=elsewhere)
+
+
+def preflight(
+    sections: dict[str, Any],
+    paths: Paths,
+    *,
+    stale: Sequence[str] | None,
+    device: "Device | str | None" = None,
+    devices: int = 1,
+    push: bool = True,
+    elsewhere: bool = False,
+) -> Preflight:
+    """What these settings, valid and fitting together, will do on `devices` devices.
+
+    Args:
+        stale: the stages to run; None: nobody knows, so all are counted.
+        device: one of estimate.DEVICES or its name, or `cpu`; None: what this machine has (and run.device asks for).
+        push: whether the results go to the DVC remote, so that it must answer.
+        elsewhere: the device is another machine's, which may have weights and a disk that are not seen from here.
+
+    Raises ValueError for a device that nobody knows.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        remote = beside.submit(reach.remote, paths.root) if push else None
+        answer = remote.result if remote else lambda: []
+        return _preflight(sections, paths, stale, device, devices, elsewhere, answer)
+
+
+def _preflight(
+    sections: dict[str, Any],
+    paths: Paths,
+    stale: Sequence[str] | None,
+    device: "Device | str | None",
+    devices: int,
+    elsewhere: bool,
+    remote: Callable[[], list[str]],
+) -> Preflight:
+    from dit import check, workload
+    from dit.estimate import Device, device_named
+
+    data, vae, train, run = (sections[name] for name in ("data", "vae", "train", "run"))
+    faults, warnings = [], []
+    chosen = device_named(device) if isinstance(device, str) and device != "cpu" else device
+    machine, price_usd_per_hour = _machine(chosen, run, faults)
+    todo = [name for name in check.STAGES if stale is None or name in stale]
+    alone = set(check.conflicts(sections))
+    missing = [fault for fault in check.conflicts(sections, paths.root) if fault not in alone]
+    missing += reach.autoencoder(vae.pretrained, paths) if "vae" in todo else []
+    (warnings if elsewhere else faults).extend(missing)
+    images, told = reach.source(data, paths, faults)
+    if "train" in todo and train.init_from:
+        faults += reach.registered_model(train.init_from, paths)
+    network = workload.network_of(sections, check.latent_factor(vae, paths.root), paths.artifacts)
+    cores = os.cpu_count() or 1
+    hours_of, count = {}, images or 0
+    if fast := workload.speeds(machine, train.precision, _threads(run), chosen if isinstance(chosen, Device) else None):
+        pretrained = reach.autoencoder_config(vae.pretrained, paths)
+        seconds = workload.seconds(sections, network, count, fast, vae=pretrained, devices=devices, cores=cores)
+        hours_of = {name: seconds[name] / 3600 for name in todo}
+    hours = sum(hours_of.values()) if fast else None
+    price = None
+    if price_usd_per_hour is not None and fast:
+        price = sum(hours_of.get(name, 0) for name in workload.ACCELERATED) * devices * price_usd_per_hour
+    asked = {name: size for name, size in workload.memory(sections, network).items() if name in todo}
+    latents = workload.latents_bytes(sections, network, count) if "train" in asked else 0
+    if machine.device == "cpu":
+        _weigh_time(hours, machine, faults, warnings)
+        asked |= {"train": asked["train"] + latents} if "train" in asked else {}
+    _weigh_memory(asked, sections, network, machine, faults, warnings)
+    if machine.device != "cpu" and latents > LARGE_BYTES:
+        warnings.append(f"train: the latents take {latents / 1e9:.0f} GB of the machine's own memory")
+    room = reach.room(paths.root, workload.disk_bytes(sections, network, count), ["shard"] if elsewhere else todo)
+    faults, warnings = faults + room[0], warnings + room[1]
+    if devices > 1 and "train" in asked and "train" not in workload.SHARED:
+        warnings.append(f"train uses one device, and {devices - 1} of {devices} wait meanwhile")
+    result = Preflight(
+        line="", faults=faults + remote(), warnings=warnings, stages=todo, images=images,
+        steps=train.max_steps if "train" in todo else 0, hours=hours, hours_of=hours_of,
+        memory_bytes=max(asked.values(), default=0), device=machine.name, devices=devices,
+        price_usd_per_hour=price_usd_per_hour, price_usd=price,
+    )  # fmt: skip
+    return replace(result, line=describe(result, stale is not None, told, train.global_batch_size, machine))
+
+
+def describe(told: Preflight, known: bool, images: str, batch: int, machine: "Machine") -> str:
+    """A preflight in one line; `known`: DVC said which stages are stale; `images`: their number, in words."""
+    from dit.check import STAGES
+    from dit.estimate import PRICES_OF
+
+    if known and not set(told.stages) - {"scan", "register"}:
+        return f"nothing is stale: only what always runs will ({', '.join(told.stages) or 'no stage'}); {images}"
+    what = f"{len(told.stages)} of {len(STAGES)} stages to run"
+    if not known:
+        what += " (DVC can't say what is stale, so all are counted)"
+    elif len(told.stages) < len(STAGES):
+        what += f" ({', '.join(told.stages)})"
+    parts = [images, *([f"{told.steps:,} steps of {batch}"] if told.steps else [])]
+    name = machine.name if machine.device == "cpu" else f"{told.devices} x {machine.name}"
+    if told.hours is None:
+        parts.append(f"how long on {name} is not known")
+    else:
+        longest = max(told.hours_of, key=told.hours_of.__getitem__)
+        most = f"{longest} {clock(3600 * told.hours_of[longest])}"
+        parts.append(f"about {clock(3600 * told.hours)} on {name} ({most})")
+    if told.memory_bytes:
+        parts.append(f"{_size(told.memory_bytes)} of its {_size(machine.memory_bytes)} of memory")
+    if told.price_usd is not None:
+        price = f"{told.price_usd:,.2f}" if told.price_usd < 100 else f"{told.price_usd:,.0f}"
+        parts.append(f"US$ {price} at {told.price_usd_per_hour:.2f} an hour (assumed, {PRICES_OF})")
+    return f"{what}: {', '.join(parts)}"
+
+
+def _machine(device: "Device | str | None", run: Any, faults: list[str]) -> "tuple[Machine, float | None]":
+    """What the work will run on (None: this machine), and what an hour of it costs where that is in the table."""
+    from dit.estimate import Device, device_named
+    from dit.expectations import Machine, look
+
+    if isinstance(device, Device):
+        return Machine("accelerator", device.name, int(device.memory_bytes), None), device.price
+    try:
+        machine = look(device or run.device)
+    except ValueError as error:  # run.device asks for what this machine lacks
+        faults.append(str(error))
+        machine = look()
+    if machine.flops is not None and (threads := _threads(run)) > 1:
+        return replace(machine, name=f"{threads} CPU threads"), None
+    try:
+        return machine, device_named(machine.name).price if machine.flops is None else None
+    except ValueError:
+        return machine, None
+
+
+def _threads(run: Any) -> int:
+    return run.num_threads or os.cpu_count() or 1
+
+
+def _weigh_time(hours: float | None, machine: "Machine", faults: list[str], warnings: list[str]) -> None:
+    about = f"no accelerator, and the work takes about {clock(3600 * (hours or 0))} on {machine.name}"
+    if (hours or 0) > WEEK_HOURS:
+        faults.append(f"{about}: run it where there is one, or take a smaller preset")
+    elif (hours or 0) > DAY_HOURS:
+        warnings.append(about)
+
+
+def _weigh_memory(
+    asked: dict[str, int],
+    sections: dict[str, Any],
+    network: dict[str, Any],
+    machine: "Machine",
+    faults: list[str],
+    warnings: list[str],
+) -> None:
+    from dit import workload
+
+    have = machine.memory_bytes
+    where = f"{'this machine' if machine.device == 'cpu' else machine.name} has {_size(have)}"
+    if (train := asked.get("train", 0)) > 0.9 * have:
+        told = f"train: {network['batch_size']} images at a time take {_size(train)}, and {where}"
+        fixed = train - workload.memory(sections, network)["train"]
+        most = workload.largest_training_batch(network, have - fixed)
+        way = f"set run.device_batch_size to {most} or less" if most else "take a smaller model or a larger device"
+        (faults if train > have else warnings).append(f"{told}: {way}")
+    if (sample := asked.get("sample", 0)) > have:
+        block = sections["sample"].block_images
+        faults.append(f"sample.block_images: {block} at a time take {_size(sample)}, and {where}: lower it")
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.0f} GB" if size >= 1e10 else f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
