@@ -1,12 +1,17 @@
-"""How long it takes to see that nothing changed: 100,000 keys of a bucket, 100,000 files of a folder.
+"""What orchestration costs: seeing that nothing changed, walking stages that have nothing to do, adding a few images.
 
-    python benchmarks/orchestrate.py [--count 100000]
+    python benchmarks/orchestrate.py [--count 100000] [--images 20000] [--rounds 3] [--only listing scan walk increment]
 
-The bucket is a local server that answers ListObjectsV2 with pages made beforehand, so that what is measured is ours.
+listing, scan: 100,000 keys of a bucket (a local server that answers ListObjectsV2 with pages made beforehand, so that
+what is measured is ours), 100,000 unchanged files of a folder. walk: the flow beside `dvc repro`, alternately, in a
+clone of this repository in which nothing is to be done. increment: 1% of images more, beside all of them at first.
 """
 
 import argparse
+import json
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -18,7 +23,8 @@ from urllib.parse import parse_qs, urlparse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dit import storage
+from dit import presets, storage
+from dit.check import STAGES
 from dit.files import list_images, open_source
 from dit.paths import Paths
 from dit.sources import DataConfig
@@ -102,9 +108,99 @@ def warm_scan_seconds(count: int) -> float:
         return time.perf_counter() - started
 
 
+def clone(folder: Path, *, preset: str, data: dict | None = None) -> Path:
+    """A clone of this repository with a preset in it, and perhaps other images."""
+    root = folder / "clone"
+    run(["git", "clone", "-q", str(Path(__file__).parents[1]), str(root)], folder)
+    presets.apply(str(root / preset), root / "params.yaml", root / "presets", overlay={"data": data} if data else None)
+    run(["git", "add", "-A"], root)
+    run(
+        ["git", "-c", "user.name=b", "-c", "user.email=b@example.org", "commit", "-q", "--allow-empty", "-m", "b"], root
+    )
+    return root
+
+
+def run(command: list[str], root: Path, **more: str) -> float:
+    """Run a command and return its seconds."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    quiet = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "PATH": path}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=root, env={**environment, **quiet, **more}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return time.perf_counter() - started
+
+
+def walk_seconds(rounds: int) -> tuple[list[float], list[float], int]:
+    """Seconds of `dvc repro` and of the flow where nothing is to be done, taken alternately; and the number of stages."""
+    repro, flow = [sys.executable, "-m", "dvc", "repro"], [sys.executable, "-m", "flows.train_dit"]
+    with tempfile.TemporaryDirectory() as folder:
+        root = clone(Path(folder), preset="tests/micro.yaml")
+        ports = {"PREFECT_PORT": "4291", "MLFLOW_PORT": "5091"}
+        try:
+            run(repro, root)
+            run(flow, root, **ports)  # all is in DVC's cache, and the server runs
+            pairs = [(run(repro, root), run(flow, root, **ports)) for _ in range(rounds)]
+        finally:
+            run([sys.executable, "-m", "flows.local", "down"], root, **ports)
+    return [a for a, _ in pairs], [b for _, b in pairs], len(STAGES)
+
+
+def increment_seconds(count: int) -> tuple[float, float]:
+    """Seconds that shard and encode work for `count` images at first, and when 1% more have come."""
+    import numpy as np
+    from PIL import Image
+
+    def add(images: Path, numbers: range) -> None:
+        for number in numbers:
+            pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / f"class{number % CLASSES}" / f"{number:07d}.png")
+
+    def work(root: Path) -> float:
+        run([sys.executable, "-m", "dvc", "repro", "encode"], root)
+        told = [
+            json.loads((root / "scratch" / "outcome" / f"{stage}.json").read_text()) for stage in ("shard", "encode")
+        ]
+        return sum(each["seconds"] for each in told)
+
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images"
+        for number in range(CLASSES):
+            (images / f"class{number}").mkdir(parents=True)
+        add(images, range(count))
+        data = {"name": "many", "source": str(images), "image_size": 32, "shard_images": 1000}
+        root = clone(Path(folder), preset="tests/micro.yaml", data=data)
+        first = work(root)
+        add(images, range(count, count + count // 100))
+        return first, work(root)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=100_000)
-    count = parser.parse_args().count
-    print(f"listing of {count} keys over HTTP, each page confirmed: {listing_seconds(count):.1f} s (aim: 15 s)")
-    print(f"scan of {count} unchanged local files: {warm_scan_seconds(count):.1f} s (aim: 5 s)")
+    parser.add_argument("--count", type=int, default=100_000, help="keys, and files")
+    parser.add_argument("--images", type=int, default=20_000, help="of the increment")
+    parser.add_argument("--rounds", type=int, default=3, help="of the walk")
+    parts = ("listing", "scan", "walk", "increment")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    asked = parser.parse_args()
+    if "listing" in asked.only:
+        seconds = listing_seconds(asked.count)
+        print(f"listing of {asked.count} keys over HTTP, each page confirmed: {seconds:.1f} s (aim: 15 s)", flush=True)
+    if "scan" in asked.only:
+        seconds = warm_scan_seconds(asked.count)
+        print(f"scan of {asked.count} unchanged local files: {seconds:.1f} s (aim: 5 s)", flush=True)
+    if "walk" in asked.only:
+        repro, flow, stages = walk_seconds(asked.rounds)
+        each = (statistics.median(flow) - statistics.median(repro)) / stages
+        print(
+            f"nothing to do, {stages} stages: dvc repro {statistics.median(repro):.1f} s ({min(repro):.1f} to "
+            f"{max(repro):.1f}), the flow {statistics.median(flow):.1f} s ({min(flow):.1f} to {max(flow):.1f}): "
+            f"{each:.2f} s a stage more (aim: 2 s)",
+            flush=True,
+        )
+    if "increment" in asked.only:
+        cold, more = increment_seconds(asked.images)
+        print(
+            f"shard + encode of {asked.images} images: {cold:.1f} s; of 1% more: {more:.1f} s, {more / cold:.1%} (aim: 5%)"
+        )

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from flows.leash import KILL_SECONDS, save_seconds
 
@@ -35,11 +35,12 @@ class StageResult:
     """What became of a stage.
 
     `status`: `ran`; `cached` (DVC did not run it: unchanged, or taken from its cache); `interrupted` (it saved and
-    stopped: not a success); `failed`. `message` is empty for the first two, else what a person needs to know.
+    stopped: not a success); `lost` (killed, or failed for a reason that another try may mend); `failed` (only a person
+    can mend it). `message` is empty for the first two, else what a person needs to know.
     """
 
     name: str
-    status: Literal["ran", "cached", "interrupted", "failed"]
+    status: Literal["ran", "cached", "interrupted", "lost", "failed"]
     seconds: float
     message: str = ""
 
@@ -71,6 +72,7 @@ def run_stage(
     on_line: Callable[[str], None],
     *,
     force: bool = False,
+    pull: bool = False,
     environment: Mapping[str, str] | None = None,
     hold: int | None = None,
 ) -> StageResult:
@@ -79,6 +81,7 @@ def run_stage(
     Args:
         on_line: gets each line as it comes; of a progress bar (carriage returns) one line every 10 s.
         force: run it although nothing changed.
+        pull: take from DVC's remote what its cache lacks.
         environment: set for the stage in addition.
         hold: a file descriptor that stays open until the stage's last process is gone (a lock, see `turns`).
 
@@ -87,7 +90,7 @@ def run_stage(
     Raises ValueError where DIT_SAVE_SECONDS is no number.
     """
     patience = save_seconds() + KILL_SECONDS + DRAIN_SECONDS
-    words = ["repro", "--single-item", *(["--force"] if force else []), name]
+    words = ["repro", "--single-item", *(["--force"] if force else []), *(["--pull"] if pull else []), name]
     started, clock = time.time(), time.monotonic()
     last: deque[str] = deque(maxlen=LAST_LINES)
     skipped = False
@@ -122,7 +125,9 @@ def run_stage(
     if code != 0:
         lines = "\n".join(last)
         said = outcome.get("message") if outcome.get("status") in ("refused", "failed") else None
-        return StageResult(name, "failed", seconds, f"{said}\n{lines}" if said else lines or f"dvc exited with {code}")
+        again = outcome.get("retry", False) if outcome else _was_killed(code, last)
+        message = f"{said}\n{lines}" if said else lines or f"dvc exited with {code}"
+        return StageResult(name, "lost" if again else "failed", seconds, message)
     return StageResult(name, "cached" if skipped else "ran", seconds)
 
 
@@ -208,7 +213,12 @@ def _drain(leash: subprocess.Popen[bytes], on_line: Callable[[str], None], secon
         late.cancel()
 
 
-def _outcome(root: Path, name: str, since: float) -> dict[str, str]:
+def _was_killed(code: int, last: Iterable[str]) -> bool:
+    """Whether DVC or its stage was ended from outside: a stage that ends by itself tells its outcome."""
+    return code > 128 or any(re.search(r"exited with (-\d+|1(2[89]|[3-9]\d))$", line) for line in last)
+
+
+def _outcome(root: Path, name: str, since: float) -> dict[str, Any]:
     """What the stage itself wrote about its end, if it ran this time."""
     file = root / "scratch" / "outcome" / f"{name}.json"
     try:

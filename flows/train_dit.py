@@ -1,4 +1,4 @@
-"""The flow `train-dit`: DVC's DAG as one Prefect run, a task per stage.
+"""The flow `train-dit`: DVC's DAG as one Prefect run, a task per stage, in a git worktree of its own.
 
 On a worker: `prefect deployment run train-dit/digits --watch` (see `flows.local`). In this process:
 `python -m flows.train_dit --preset smoke`, for which a local server is started if none runs.
@@ -10,86 +10,132 @@ import signal
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
+from pydantic import Field
 
-from dit import presets
+from dit import presets, staleness
 from dit.config import read_params
-from flows import dag, leash, summary, turns
+from dit.paths import Paths
+from flows import dag, events, forecast, leash, placement, summary, walk, workplace
+from flows.workplace import Wanted, Workplace
+
+CHECKOUT = Path(__file__).parents[1]
+MOST_RESTARTS = 5  # of one run, by Prefect, after its machine died
+PREPARE = ("scan", "shard")  # what needs no accelerator, and tells how much there is to do
+ACCELERATED = {"vae", "encode", "reference", "train", "sample", "evaluate"}
+
+# What Prefect's form offers, and its server accepts.
+Preset = Literal[tuple(presets.names(CHECKOUT / "presets"))]
+Stage = Literal[tuple(read_params(CHECKOUT / "dvc.yaml")["stages"])]
+Override = Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_0-9]+)+=[\s\S]+$", examples=["train.max_steps=1000"])]
 
 
 def run_name() -> str:
-    """Preset and minute: what tells one run from another in a list."""
-    return f"{flow_run.parameters.get('preset') or _preset_in_params()} {datetime.now():%d %b %H:%M:%S}"
+    """Preset, what is set beside it, and the minute: what tells one run from another in a list."""
+    told = flow_run.parameters
+    wanted = Wanted(told.get("preset"), tuple(told.get("set") or ()), told.get("source"))
+    label = (told.get("branch") or "").removeprefix("runs/") or workplace.label_of(Path.cwd(), wanted)
+    return " ".join([label, *wanted.overrides, f"{datetime.now():%d %b %H:%M:%S}"])[:200]
 
 
-# Called in the flow's own thread (not submitted): only there a cancellation reaches the stage at once, and it saves.
-@task(
-    name="stage",
-    task_run_name="{name}",
-    description="One DVC stage.",
-    cache_policy=NO_CACHE,  # DVC is the cache
-    persist_result=False,
-)
-def run_stage(name: str, force: bool, hold: int) -> State:
-    """One stage by DVC. A State tells the outcome: Completed, Cached, Interrupted (a failure: run again), Failed."""
-    environment = {"DIT_FLOW_RUN_ID": str(flow_run.id)}
-    say = get_run_logger().info
-    result = dag.run_stage(name, Path.cwd(), say, force=force, environment=environment, hold=hold)
-    took = f"{result.seconds:.1f} s"
-    match result.status:
-        case "ran":
-            return Completed(message=took)
-        case "cached":
-            return Completed(name="Cached", message=f"nothing to do, {took}")
-        case "interrupted":
-            return Failed(name="Interrupted", message=result.message)
-        case "failed":
-            return Failed(message=result.message)
-
-
-@flow(name="train-dit", flow_run_name=run_name, persist_result=False)
-def train_dit(preset: str | None = None, force: list[str] | None = None) -> State:
-    """Train and evaluate a diffusion transformer: brings every stage of dvc.yaml up to date.
+# Wrong parameters are told by us, in one line; Prefect would raise. The server checks those of deployments by the types.
+@flow(name="train-dit", flow_run_name=run_name, persist_result=False, validate_parameters=False)
+def train_dit(
+    preset: Preset | None = None,
+    set: list[Override] | None = None,  # noqa: A002 (the name on the form)
+    force: list[Stage] | None = None,
+    source: str | None = None,
+    push: bool = True,
+    pool: str | None = None,
+    anyway: bool = False,
+    branch: str | None = None,
+) -> State:
+    """Train and evaluate a diffusion transformer: brings every stage of dvc.yaml up to date, in a worktree of its own.
 
     Args:
-        preset: settings to put into params.yaml first, a file in presets/; empty: params.yaml as it stands.
+        preset: settings, a file in presets/; empty: params.yaml as it is committed.
+        set: single settings in their place, such as train.max_steps=1000.
         force: stages to run although nothing changed.
+        source: other images: a folder, an archive, s3://bucket/prefix.
+        push: give the results to the DVC remote, where one is configured.
+        pool: the work pool of whatever needs an accelerator; empty: this one.
+        anyway: start although the preflight says that it can't end well.
+        branch: go on with this branch of another run, instead of a new one.
     """
     log = get_run_logger()
-    root = Path.cwd()
-    with turns.turn(root / "scratch" / "lock", "flow", f"train-dit run {flow_run.name!r}", log.info) as hold:
-        try:
-            stages = plan(root, preset, force or [])
-        except ValueError as error:
-            return Failed(message=str(error))  # raised, it would be told with a traceback
-        if preset:
-            _apply(preset, root)
-        log.info("%d stages: %s", len(stages), ", ".join(stages))
-        states: dict[str, State] = {}
-        for name, needs in stages.items():
-            states[name] = run_stage(
-                name, name in (force or []), hold, return_state=True, wait_for=[states[need] for need in needs]
+    try:
+        wanted = Wanted(preset, tuple(set or ()), source)
+        if (flow_run.run_count or 0) > MOST_RESTARTS:
+            raise ValueError(
+                f"this run was started {flow_run.run_count} times and always lost: its machine needs a look"
             )
-            if not states[name].is_completed():
-                return Failed(name=states[name].name, message=f"stage {name}: {states[name].message}")
-        described = {name: f"{state.name}, {state.message}" for name, state in states.items()}
-        create_markdown_artifact(
-            key="train-dit",
-            markdown=summary.markdown(root, preset or _preset_in_params(), described),
-            description="metrics, registry decision and report",
-        )
-        cached = sum(state.name == "Cached" for state in states.values())
-        return Completed(message=f"{len(states)} stages, {cached} of them cached")
+        with workplace.opened(Path.cwd(), str(flow_run.id), wanted, log.info, push=push, branch=branch) as place:
+            at = placement.where(pool, place.home)
+            state = work(place, force or [], anyway, pool, at)
+        return placement.hand_over(place, pool, at, force or [], anyway) if state is None else state
+    except ValueError as error:
+        return Failed(message=str(error))  # raised, it would be told with a traceback
 
 
-def plan(root: Path, preset: str | None, force: list[str]) -> dict[str, tuple[str, ...]]:
-    """The stages to walk; changes nothing. Raises ValueError where preset, params.yaml, force or dvc.yaml are wrong."""
-    refuse(root, preset)
+def work(
+    place: Workplace,
+    force: list[str],
+    anyway: bool,
+    pool: str | None = None,
+    at: placement.Where = "here",
+    title: str = "train-dit",
+) -> State | None:
+    """All stages; or, where an accelerator is on another pool and is needed, those that need none: then None.
+
+    Raises ValueError for what a person has to change.
+    """
+    log = get_run_logger()
+    stages = plan(place.root, force)
+    if at == "elsewhere":
+        placement.require_remotes(place, pool)
+    device, states = placement.device_of(pool), {}
+    try:
+        forecast.look_ahead(place, device, at == "elsewhere", anyway)
+        log.info("%d stages: %s", len(stages), ", ".join(stages))
+        if at != "here":
+            first = [name for name in stages if name in PREPARE]
+            states |= walk.walk(place, first, force)
+            staleness.restore(place.root, pull=place.remote is not None)  # what the run-cache has is not to do
+            stale = forecast.look_ahead(place, device, at == "elsewhere", anyway)
+            if stale is None or ACCELERATED & {*stale, *force}:
+                place.keep("prepared")
+                return None
+            log.info("nothing is left that needs an accelerator")
+        states |= walk.walk(place, [name for name in stages if name not in states], force)
+    except walk.Stopped as stopped:
+        states |= stopped.states
+        summary.publish(place, title, states, str(stopped))
+        place.keep(f"stopped at {stopped.stage}")
+        return stopped.state
+    place.keep("finished")
+    place.succeeded()
+    events.tell_champion(Paths(place.root))
+    summary.publish(place, title, states)
+    return finished(place, states)
+
+
+def finished(place: Workplace, states: dict[str, State]) -> State:
+    """How a run ends whose stages all completed."""
+    cached = sum(state.name == "Cached" for state in states.values())
+    told = (
+        f"{len(states)} stages, {cached} of them cached; dit adopt {place.tree.id} brings the result into the checkout"
+    )
+    if place.unpushed and place.continued:
+        return Failed(name="NotPushed", message=f"{told}; not pushed, so on this machine alone: {place.unpushed}")
+    return Completed(message=told)
+
+
+def plan(root: Path, force: list[str]) -> dict[str, tuple[str, ...]]:
+    """The stages to walk; changes nothing. Raises ValueError where force or dvc.yaml are wrong."""
     stages = dag.stages(root)
     if not stages:
         raise ValueError(f"{root / 'dvc.yaml'} has no stages: run in the project's folder")
@@ -98,66 +144,48 @@ def plan(root: Path, preset: str | None, force: list[str]) -> dict[str, tuple[st
     return stages
 
 
-def refuse(root: Path, preset: str | None) -> None:
-    """Raise ValueError for what can be seen to be wrong without asking DVC."""
-    leash.save_seconds()
-    if not (root / "dvc.yaml").exists():
-        raise ValueError(f"no dvc.yaml in {root}: run in the project's folder")
-    if preset:
-        presets.resolve(preset, root / "presets")
-    if not preset or (root / "params.yaml").exists():
-        read_params(root / "params.yaml")
-
-
-def _apply(preset: str, root: Path) -> None:
-    log, params = get_run_logger(), root / "params.yaml"
-    before = params.read_bytes() if params.exists() else None
-    if not (difference := presets.apply(preset, params, write=False)):
-        log.info("params.yaml holds preset %s already", preset)
-        return
-    if before is not None:
-        kept = root / "scratch" / f"params.before-{Path(preset).stem}.{datetime.now():%Y%m%d-%H%M%S}.yaml"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(before)
-        log.info("the params.yaml so far is kept as %s", kept.relative_to(root))
-    presets.apply(preset, params)
-    log.info("preset %s put into params.yaml:\n%s", preset, difference)
-
-
-def _preset_in_params() -> str:
-    try:
-        return str(read_params(Path("params.yaml")).get("preset", "params.yaml"))
-    except ValueError:
-        return "params.yaml"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the flow in this process; returns 0 if it completed."""
+def in_this_process(run: Any, check: Any, name: str) -> int:
+    """Run a flow here, with a server that is started if none runs; returns the exit status. `check` may refuse first."""
     from prefect.context import refresh_global_settings_context
     from prefect.settings import get_current_settings
 
     from flows import servers
 
-    parser = argparse.ArgumentParser(prog="python -m flows.train_dit", description=train_dit.description)
-    parser.add_argument("--preset", help="settings to put into params.yaml first: a file in presets/")
-    parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run it although nothing changed")
-    chosen = parser.parse_args(arguments)
     try:
-        # Before a server is started; the flow asks again, when it has waited for its turn.
-        if chosen.force:
-            plan(Path.cwd(), chosen.preset, chosen.force)
-        else:  # without a question to DVC, which takes a second
-            refuse(Path.cwd(), chosen.preset)
+        leash.save_seconds()
+        check()
         os.environ.update(servers.for_this_process(Path.cwd(), get_current_settings().api.url))
     except ValueError as error:
-        print(f"train-dit: {error}", file=sys.stderr)
+        print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 1
     refresh_global_settings_context()  # Prefect read the environment when it was imported
     try:
-        state = train_dit(preset=chosen.preset, force=chosen.force or None, return_state=True)
+        state = run()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    print(f"{name}: {state.name}: {state.message}")
     return 0 if state.is_completed() else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the flow in this process; returns 0 if it completed."""
+    parser = argparse.ArgumentParser(prog="python -m flows.train_dit", description=train_dit.description)
+    parser.add_argument("--preset", help="settings: a file in presets/")
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="train.max_steps=1000")
+    parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run it although nothing changed")
+    parser.add_argument("--source", help="other images: a folder, an archive, s3://bucket/prefix")
+    parser.add_argument("--no-push", dest="push", action="store_false", help="keep the results on this machine")
+    parser.add_argument("--pool", help="the work pool of whatever needs an accelerator")
+    parser.add_argument("--anyway", action="store_true", help="start although the preflight advises against it")
+    told = vars(parser.parse_args(arguments))
+    told |= {name: told[name] or None for name in ("set", "force")}
+
+    def check() -> None:  # before a server is started
+        workplace.refuse(Path.cwd(), Wanted(told["preset"], tuple(told["set"] or ()), told["source"]))
+        if told["force"]:
+            plan(Path.cwd(), told["force"])
+
+    return in_this_process(lambda: train_dit(**told, return_state=True), check, "train-dit")
 
 
 if __name__ == "__main__":

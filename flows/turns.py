@@ -38,6 +38,18 @@ def turn(
         os.close(file)
 
 
+def free(file: Path) -> bool:
+    """Whether nobody holds this lock now."""
+    try:
+        with open(file) as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _wait(file: int, say: Callable[[str], None], say_every_seconds: float) -> None:
     began, said = time.monotonic(), float("-inf")
     while True:

@@ -1,6 +1,5 @@
 """flows/train_dit.py under a real Prefect server (its test harness), and prefect.yaml."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -9,6 +8,8 @@ import sys
 import pytest
 import toy_pipeline
 from toy_pipeline import REPOSITORY, processes_in, tell, train_started, until
+
+from flows import worktrees
 
 toy, toy_template = toy_pipeline.toy, toy_pipeline.toy_template
 
@@ -58,54 +59,64 @@ def test_one_task_a_stage_all_cached_the_second_time_and_forced_if_asked(run, to
     assert {name for name, _ in tasks.values()} == {"Completed"}
     assert flow_run.name.startswith("digits ")
     page = Artifact.get("train-dit")
-    assert "preset digits" in page.data and "| train | Completed, " in page.data
+    assert "digits" in page.data and "| train | Completed" in page.data
 
     state, tasks, _ = run(preset="digits")
-    assert state.is_completed() and state.message == "3 stages, 3 of them cached"
+    assert state.is_completed() and state.message.startswith("3 stages, 3 of them cached; dit adopt ")
     assert {name for name, _ in tasks.values()} == {"Cached"}
 
     _, tasks, _ = run(force=["train"])
     assert [name for name, _ in tasks.values()] == ["Cached", "Completed", "Cached"]
 
 
-def test_a_preset_is_put_into_params_and_what_was_there_is_kept(run, toy):
-    before = (toy / "params.yaml").read_text()
-    state, _, flow_run = run(preset="smoke")
-    assert state.is_completed() and flow_run.name.startswith("smoke ")
-    assert (toy / "params.yaml").read_text() == "preset: smoke\ntrain:\n  max_steps: 1  # a comment to keep\n"
-    [kept] = (toy / "scratch").glob("params.before-smoke.*.yaml")
-    assert kept.read_text() == before
-    (toy / "params.yaml").write_text("preset: mine\ntrain:\n  max_steps: 7\n")
-    assert run(preset="smoke")[0].is_completed()
-    other = {file.read_text() for file in (toy / "scratch").glob("params.before-smoke.*.yaml") if file != kept}
-    assert other == {"preset: mine\ntrain:\n  max_steps: 7\n"} and kept.read_text() == before
+def test_a_run_works_in_a_worktree_and_its_result_is_adopted(run, toy):
+    before = contents(toy, own=("scratch", ".git", ".dvc"))
+    state, _, flow_run = run(preset="smoke", set=["train.max_steps=2"])
+    assert state.is_completed(), state.message
+    assert contents(toy, own=("scratch", ".git", ".dvc")) == before and not list(toy.glob("scratch/worktrees/*"))
+    assert flow_run.name.startswith("smoke train.max_steps=2 ")
+    said = worktrees.adopt(toy, str(flow_run.id))
+    assert f"runs/smoke/{str(flow_run.id)[:8]}" in said[0]
+    assert "preset: smoke" in (toy / "params.yaml").read_text() and (toy / "model").read_text() == "weights"
+    assert "max_steps: 2  # a comment to keep" in (toy / "params.yaml").read_text()
 
 
-def test_a_failed_stage_fails_the_run_with_its_last_lines(run, toy):
+def test_a_failed_stage_fails_the_run_with_its_last_lines_and_is_not_tried_again(run, toy):
     tell(toy, fail="train.lr must be positive")
-    state, tasks, _ = run()
+    state, tasks, flow_run = run()
     assert state.is_failed() and "train.lr must be positive" in state.message
     assert list(tasks) == ["scan", "train"]
     assert tasks["train"][0] == "Failed" and "last words of train.py" in tasks["train"][1]
+    assert (toy / "scratch" / "tries").read_text() == "1"
+    assert worktrees.lock_at(toy, f"runs/digits/{str(flow_run.id)[:8]}")["stages"].keys() == {"scan"}  # not lost
 
 
-def test_an_interrupted_stage_is_no_success(run, toy):
-    tell(toy, seconds=60)
-    interrupter = subprocess.Popen([sys.executable, "-c", INTERRUPTER], cwd=toy)
+def test_a_stage_that_fails_twice_for_a_reason_that_passes_is_tried_again(run, toy):
+    tell(toy, fail_times=2)
+    state, tasks, _ = run()
+    assert state.is_completed(), state.message
+    assert tasks["train"][0] == "Completed" and (toy / "scratch" / "tries").read_text() == "3"
+    tell(toy, fail_times=9)
+    state, tasks, _ = run(force=["train"])
+    assert state.is_failed() and state.name == "Lost" and (toy / "scratch" / "tries").read_text() == "3"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_that_is_ended_from_outside_is_started_again(run, toy, number):
+    tell(toy, seconds=4)
+    environment = {**os.environ, "SIGNAL": str(int(number))}
+    interrupter = subprocess.Popen([sys.executable, "-c", INTERRUPTER], cwd=toy, env=environment)
     state, tasks, _ = run()
     interrupter.wait()
-    assert state.is_failed() and state.name == "Interrupted"
-    assert tasks["train"] == ("Interrupted", "interrupted at step 3")
-    tell(toy)
-    state, tasks, _ = run()
-    assert [name for name, _ in tasks.values()] == ["Cached", "Completed", "Completed"]
+    assert state.is_completed() and (toy / "scratch" / "tries").read_text() == "2", state.message
+    assert [name for name, _ in tasks.values()] == ["Completed"] * 3
 
 
 INTERRUPTER = """
 import os, signal, time
 while not os.path.exists("scratch/pid"):
     time.sleep(0.05)
-os.kill(int(open("scratch/pid").read()), signal.SIGTERM)
+os.kill(int(open("scratch/pid").read()), int(os.environ["SIGNAL"]))
 """
 
 
@@ -115,6 +126,10 @@ os.kill(int(open("scratch/pid").read()), signal.SIGTERM)
         ({"force": ["trian"]}, "force: no stage trian in dvc.yaml: choose among scan, train, report"),
         ({"preset": "smoke", "force": ["scan", "trian"]}, "force: no stage trian in dvc.yaml"),
         ({"preset": "digit"}, "preset 'digit' does not exist"),
+        ({"set": ["train.max_step=1"]}, "set: train.max_step: no such setting"),
+        ({"set": ["max_steps"]}, "set: "),
+        ({"pool": "nosuch"}, "pool: the Prefect server knows no work pool 'nosuch'"),
+        ({"branch": "runs/digits/00000000"}, "git knows no commit runs/digits/00000000"),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_changed(run, toy, caplog, parameters, message):
@@ -127,13 +142,12 @@ def test_what_is_not_there_is_refused_before_anything_is_changed(run, toy, caplo
     assert "Finished in state Failed" in caplog.text and "Traceback" not in caplog.text
 
 
-def contents(root):
-    """What is in the checkout, scratch/lock and DVC's own files apart."""
-    own = (root / "scratch" / "lock", root / ".dvc" / "tmp")
+def contents(root, own=("scratch/lock", ".dvc/tmp", ".git")):
+    """What is in the checkout, but for these folders."""
     return {
         file: file.read_bytes()
         for file in root.rglob("*")
-        if file.is_file() and not any(file.is_relative_to(folder) for folder in own)
+        if file.is_file() and not any(file.is_relative_to(root / folder) for folder in own)
     }
 
 
@@ -144,7 +158,7 @@ def contents(root):
         (["--force", "nosuch"], None, "force: no stage nosuch in dvc.yaml: choose among scan, train, report"),
         (["--preset", "smoke", "--force", "nosuch"], None, "force: no stage nosuch in dvc.yaml"),
         ([], "train: [1\n  lr: 2\n", "{root}/params.yaml is not readable YAML: "),
-        (["--preset", "smoke"], "train: {{\n", "{root}/params.yaml is not readable YAML: "),
+        (["--set", "train.max_step=1"], None, "set: train.max_step: no such setting"),
         (["--force", "train"], "- 1\n", "{root}/params.yaml must hold sections"),
     ],
 )
@@ -159,25 +173,6 @@ def test_bad_input_at_the_terminal_is_one_line_and_changes_nothing(toy, tmp_path
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stdout + done.stderr
     assert done.stderr.startswith("train-dit: " + line.format(root=toy))
     assert contents(toy) == before  # and no server was started: the checkout holds no record of one
-
-
-def test_a_second_run_waits_for_the_first(run, toy):
-    lock = toy / "scratch" / "lock" / "flow"
-    lock.parent.mkdir(parents=True)
-    script = f"""if True:
-        import fcntl, time
-        file = open({str(lock)!r}, "w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        print(flush=True)
-        time.sleep(1.5)
-    """
-    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    first.stdout.readline()
-    state, tasks, _ = run()
-    assert first.poll() == 0 and state.is_completed()
-    with lock.open() as file:  # and is free again
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    first.stdout.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -201,24 +196,10 @@ def test_the_exit_code_tells_how_it_went(server, toy):
     command = [sys.executable, "-m", "flows.train_dit", "--preset", "smoke"]
     done = subprocess.run(command, cwd=toy, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "Finished in state Completed('3 stages, 0 of them cached')" in done.stdout + done.stderr
+    assert "3 stages, 0 of them cached; dit adopt " in done.stdout + done.stderr
     tell(toy, fail="no luck")
     failing = [*command, "--force", "train"]
     assert subprocess.run(failing, cwd=toy, env=environment, capture_output=True, timeout=60).returncode == 1
     unknown = [*command[:-1], "smok"]
     done = subprocess.run(unknown, cwd=toy, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("train-dit: preset 'smok' does not exist")
-
-
-def test_each_deployment_is_a_preset_and_says_what_it_does():
-    from ruamel.yaml import YAML
-
-    plan = YAML(typ="safe").load(REPOSITORY / "prefect.yaml")
-    deployments = {one["name"]: one for one in plan["deployments"]}
-    assert {"digits", "smoke", "xl2"} <= set(deployments)
-    for name, one in deployments.items():
-        assert (REPOSITORY / "presets" / f"{name}.yaml").exists(), f"presets/{name}.yaml is not there"
-        assert one["parameters"] == {"preset": name} and one["description"]
-        assert one["entrypoint"] == "flows/train_dit.py:train_dit"
-    assert deployments["xl2"]["work_pool"]["name"] == "gpu"
-    assert str(REPOSITORY) not in (REPOSITORY / "prefect.yaml").read_text()

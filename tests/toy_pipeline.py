@@ -1,7 +1,8 @@
 """A checkout of three tiny stages, for the tests of flows: what DVC, git and signals do is real, the work is not.
 
-`scan -> train -> report` (dvc.yaml has them in another order). `train` reads from scratch/toy.json what to do:
-{"seconds": how long, "fail": a message to die with, "child": start a process in a session of its own}. On SIGINT or
+`scan -> train -> report` (dvc.yaml has them in another order). `train` reads from scratch/toy.json of the checkout
+(not of the run's worktree) what to do:
+{"seconds": how long, the first time; "fail_times": how often to fail for a reason that passes; "fail": a message to die with, "child": start a process in a session of its own}. On SIGINT or
 SIGTERM it takes "save_seconds" to save, writes scratch/saved and its outcome file, and exits with 75.
 """
 
@@ -38,16 +39,19 @@ stages:
 TRAIN_PY = """\
 import json, os, signal, subprocess, sys, time
 
-todo = json.load(open("scratch/toy.json")) if os.path.exists("scratch/toy.json") else {}
+home = open("scratch/home").read().strip() if os.path.exists("scratch/home") else "."
+toy = home + "/scratch/toy.json"
+todo = json.load(open(toy)) if os.path.exists(toy) else {}
 
-def outcome(status, message):
+def outcome(status, message, retry=False):
     os.makedirs("scratch/outcome", exist_ok=True)
-    json.dump({"stage": "train", "status": status, "message": message}, open("scratch/outcome/train.json", "w"))
+    told = {"stage": "train", "status": status, "message": message, "retry": retry}
+    json.dump(told, open("scratch/outcome/train.json", "w"))
 
 def save(number, frame):
     print("saving", flush=True)
     time.sleep(todo.get("save_seconds", 0.3))
-    open("scratch/saved", "w").close()
+    open(home + "/scratch/saved", "w").close()
     print("saved", flush=True)
     outcome("interrupted", "interrupted at step 3")
     sys.exit(75)
@@ -56,11 +60,16 @@ signal.signal(signal.SIGINT, save)
 signal.signal(signal.SIGTERM, save)
 if todo.get("child"):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
-    open("scratch/child", "w").write(str(child.pid))
-open("scratch/pid.new", "w").write(str(os.getpid()))
-os.rename("scratch/pid.new", "scratch/pid")
+    open(home + "/scratch/child", "w").write(str(child.pid))
+open(home + "/scratch/pid.new", "w").write(str(os.getpid()))
+os.rename(home + "/scratch/pid.new", home + "/scratch/pid")
 print("training with", sys.executable, flush=True)
-end = time.time() + todo.get("seconds", 0)
+tries = int(open(home + "/scratch/tries").read()) if os.path.exists(home + "/scratch/tries") else 0
+open(home + "/scratch/tries", "w").write(str(tries + 1))
+if tries < todo.get("fail_times", 0):
+    outcome("failed", "the network is away", True)
+    sys.exit("no network")
+end = time.time() + (todo.get("seconds", 0) if tries == 0 else 0)
 while time.time() < end:
     time.sleep(0.05)
 if todo.get("fail"):
@@ -78,15 +87,18 @@ def toy_template(tmp_path_factory):
     (root / "scratch").mkdir()
     (root / "dvc.yaml").write_text(DVC_YAML)
     (root / "train.py").write_text(TRAIN_PY)
-    (root / "params.yaml").write_text("preset: digits\ntrain:\n  max_steps: 3  # a comment to keep\n")
+    run = "run: {stage_retries: 2, retry_seconds: 0.1}\n"
+    (root / "params.yaml").write_text(f"preset: digits\ntrain:\n  max_steps: 3  # a comment to keep\n{run}")
     for preset, steps in {"digits": 3, "smoke": 1, "xl2": 9}.items():
-        (root / "presets" / f"{preset}.yaml").write_text(f"preset: {preset}\ntrain:\n  max_steps: {steps}\n")
+        (root / "presets" / f"{preset}.yaml").write_text(f"train:\n  max_steps: {steps}\n{run}")
     (root / "ready").write_text("a file that DVC tracks with ready.dvc, which is no stage\n")
     (root / ".gitignore").write_text("/scratch\n/mlflow.db\n/mlartifacts\n/prefect.toml\n__pycache__\n")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"]
     dvc = [sys.executable, "-m", "dvc"]
     config = ["config", "core.check_update", "false"]
-    for command in ([*git, "init", "-q"], [*dvc, "init", "-q"], [*dvc, *config], [*dvc, "add", "-q", "ready"]):
+    add, keep = [*git, "add", "-A"], [*git, "commit", "-qm", "toy"]
+    begin = ([*git, "init", "-q"], [*dvc, "init", "-q"], [*dvc, *config], [*dvc, "add", "-q", "ready"])
+    for command in (*begin, add, keep):
         subprocess.run(command, cwd=root, check=True, env={**os.environ, "DVC_NO_ANALYTICS": "1"})
     return root
 
@@ -104,19 +116,30 @@ def toy(toy_template, tmp_path):
 
 
 def with_code(root):
-    """Put the flows, what they import and the deployments into the toy checkout."""
-    shutil.copytree(REPOSITORY / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "dit").mkdir()
-    for module in ("__init__", "paths", "config", "presets"):
-        shutil.copy(REPOSITORY / "dit" / f"{module}.py", root / "dit")
+    """Put the flows, what they import, the deployments and the work pools into the toy checkout, and commit them.
+
+    All but `dit`: a run's worktree has no preflight then, which would refuse the toy's params.yaml.
+    """
+    without_caches = shutil.ignore_patterns("__pycache__")
+    for folder in ("flows", "dit", "infra/work_pools"):
+        shutil.copytree(REPOSITORY / folder, root / folder, ignore=without_caches)
     shutil.copy(REPOSITORY / "prefect.yaml", root)
+    for preset in (REPOSITORY / "presets").glob("*.yaml"):  # all that deployments name
+        if not (root / "presets" / preset.name).exists():
+            shutil.copy(root / "presets" / "xl2.yaml", root / "presets" / preset.name)
+    with (root / ".git" / "info" / "exclude").open("a") as ignored:
+        ignored.write("/dit\n")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["add", "-A"], ["commit", "-qm", "with the flows' code"]):
+        subprocess.run([*git, *command], cwd=root, check=True)
     return root
 
 
 def tell(root, **todo):
     """What the toy's train stage shall do the next time."""
     (root / "scratch" / "toy.json").write_text(json.dumps(todo))
-    (root / "scratch" / "pid").unlink(missing_ok=True)
+    for name in ("pid", "tries"):
+        (root / "scratch" / name).unlink(missing_ok=True)
 
 
 def train_started(root, seconds=60):

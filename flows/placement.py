@@ -1,0 +1,122 @@
+"""Where the work is done: here, or, from the stage on that needs an accelerator, by one job on another work pool.
+
+Two hops at most. The first run prepares (scan, shard, preflight), so that nothing is booked for what is not stale; the
+second, of the deployment `train-dit/on-<pool>`, goes on with the same branch. A pool of this very checkout shares its
+cache; for any other, what was prepared is pushed to the DVC remote, and the branch to the git remote.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.states import Cancelling, Completed, Failed, State
+
+from flows import remotes
+from flows.workplace import Workplace
+
+ASK_EVERY_SECONDS = 2.0
+COMES_BACK_SECONDS = 1800.0  # a crashed run is started again by an automation (see `automations`); later, it is lost
+Where = Literal["here", "beside", "elsewhere"]
+
+
+def where(pool: str | None, home: Path) -> Where:
+    """Where a work pool's jobs run: without one in this process; `beside` it, in this checkout; or elsewhere.
+
+    Raises ValueError where there is no such pool.
+    """
+    if not pool:
+        return "here"
+    found = _pool(pool)
+    folder = _default(found, "working_dir")
+    beside = found.type == "process" and folder and Path(folder).resolve() == home.resolve()
+    return "beside" if beside else "elsewhere"
+
+
+def device_of(pool: str | None) -> str | None:
+    """The device that a pool's jobs get, as the pool itself says in its variable `device`; None: this machine's."""
+    return (pool or None) and _default(_pool(pool), "device")
+
+
+def require_remotes(place: Workplace, pool: str) -> None:
+    """Raise ValueError where other machines could not get at what is prepared here."""
+    wanted = f"the jobs of pool {pool} run on other machines, and get"
+    if not place.push:
+        raise ValueError(f"{wanted} what is prepared here through the DVC remote: leave push on")
+    if place.remote is None:
+        raise ValueError(f"{wanted} what is prepared here through a DVC remote: dvc remote add -d NAME s3://...")
+    if remotes.git_remote(place.home) is None:
+        raise ValueError(f"{wanted} their settings through a git remote: git remote add origin URL")
+
+
+def hand_over(place: Workplace, pool: str, at: Where, force: list[str], anyway: bool) -> State:
+    """Have the rest of a run done by a job of the pool, wait for its end, and end as it does.
+
+    A run that is started again finds the job that it has started. A cancelled one cancels its job. Raises ValueError.
+    """
+    log = get_run_logger()
+    if at == "elsewhere":
+        if place.unpushed:
+            raise ValueError(f"what was prepared could not be pushed to the DVC remote: {place.unpushed}")
+        remotes.push_branch(place.home, place.branch)
+    name = f"train-dit/on-{pool}"
+    job = None
+    try:
+        job = start(name, {"branch": place.branch, "force": force, "anyway": anyway, "push": place.push})
+        log.info("prepared; the rest is done by %s, run %r, which waits for a place in pool %s", name, job.name, pool)
+        state = wait(job.id)
+    except BaseException:
+        if job is not None:
+            with get_client(sync_client=True) as client:
+                client.set_flow_run_state(job.id, Cancelling())
+            log.info("cancelling %r too", job.name)
+        raise
+    if at == "elsewhere":
+        remotes.fetch_branch(place.home, place.branch)
+        remotes.fetch_history(place.home)
+    told = f"{name}, run {job.name!r}: {state.message}"
+    return Completed(message=told) if state.is_completed() else Failed(name=state.name, message=told)
+
+
+def _pool(name: str):
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_work_pool(name)
+        except ObjectNotFound:
+            raise ValueError(f"pool: the Prefect server knows no work pool {name!r}: `dit deploy` makes them") from None
+
+
+def _default(pool, variable: str) -> str | None:
+    return pool.base_job_template.get("variables", {}).get("properties", {}).get(variable, {}).get("default")
+
+
+def start(name: str, parameters: dict):
+    """Start a run of a deployment, or find the one that this run has started so. Raises ValueError."""
+    try:
+        return run_deployment(
+            name,
+            parameters=parameters,
+            timeout=0,  # wait below, where the wait can be interrupted
+            as_subflow=True,
+            idempotency_key=f"{flow_run.id}-{json.dumps(parameters, sort_keys=True)}",
+        )
+    except ObjectNotFound:
+        raise ValueError(f"the Prefect server knows no deployment {name}: `dit deploy` makes it") from None
+
+
+def wait(run_id) -> State:
+    """Wait for the end of a run, whatever it is, and for its restart where it crashed."""
+    crashed = None
+    with get_client(sync_client=True) as client:
+        while True:
+            state = client.read_flow_run(run_id).state
+            crashed = (crashed or time.monotonic()) if state and state.is_crashed() else None
+            lost = crashed is not None and time.monotonic() - crashed > COMES_BACK_SECONDS
+            if state is not None and (lost or (state.is_final() and not state.is_crashed())):
+                return state
+            time.sleep(ASK_EVERY_SECONDS)

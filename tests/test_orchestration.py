@@ -1,0 +1,375 @@
+"""All of it together: `dit up`, deployments, worktrees, kills, S3 and retraining, on the `micro` settings.
+
+The servers, the worker, the bucket (moto's server) and every signal are real.
+"""
+
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+
+import checkout
+import psutil
+import pytest
+from test_pipeline import until
+from test_services import free_port
+from toy_pipeline import processes_in
+
+from dit.check import STAGES
+from flows import dag, servers, services, worktrees
+
+pytestmark = pytest.mark.slow
+PREFECT = os.path.join(os.path.dirname(sys.executable), "prefect")
+EVERY_TIME = {"scan", "register"}
+
+# Small enough that a run is the cost of its processes: what is tested is who starts, ends and finds what.
+BUCKET = """\
+# Pictures in a bucket, for tests.
+base: micro
+data:
+  name: pictures
+  source: s3://photos/set
+  num_classes: 2
+  shard_images: 16
+  held_out_fraction: 0.25
+  max_bad_fraction: 0.2
+reference:
+  max_features: 100
+sample:
+  num_images: 20
+evaluate:
+  kid_subset_size: 5
+  training_images: 0
+  bootstrap: 0
+register:
+  model_name: dit-pictures
+retrain:
+  min_new_images: 3
+  quiet_seconds: 1
+"""
+
+
+class Local:
+    """A micro checkout with servers of its own, as `dit up` starts them, and a bucket."""
+
+    def __init__(self, root, home, endpoint):
+        self.root, self.port = root, free_port()
+        ports = {"PREFECT_PORT": str(self.port), "MLFLOW_PORT": str(free_port())}
+        keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
+        self.environment = {**ports, **keys, "AWS_ENDPOINT_URL": endpoint, "HOME": str(home), "COLUMNS": "200"}
+        self.folder = servers.folder_of(root)
+
+    def do(self, *command, code=0):
+        return checkout.run(self.root, *command, code=code, **self.environment)
+
+    def dit(self, *words, code=0):
+        return self.do(sys.executable, "-m", "dit.cli", *words, code=code)
+
+    def start(self, name, *parameters):
+        """Start a run of a deployment; returns its id."""
+        words = [word for parameter in parameters for word in ("-p", parameter)]
+        return re.search(r"UUID: ([0-9a-f-]{36})", self.do(PREFECT, "deployment", "run", name, *words))[1]
+
+    def ask(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as reply:
+            return json.loads(reply.read())
+
+    def run(self, number):
+        return self.ask(f"flow_runs/{number}")
+
+    def finished(self, number, seconds=240):
+        """Wait for a run's end, whatever restarts it; returns it, and {task: its state's name}."""
+
+        def ended():
+            run = self.run(number)
+            return run if run["state_type"] in ("COMPLETED", "FAILED", "CANCELLED") else None
+
+        run = until(ended, seconds)
+        told = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [number]}}})
+        ordered = sorted((task for task in told if task["start_time"]), key=lambda task: task["start_time"])
+        return run, {task["name"]: task["state"]["name"] for task in ordered}
+
+    def completed(self, number, seconds=240):
+        run, tasks = self.finished(number, seconds)
+        assert run["state_type"] == "COMPLETED", (run["state"], self.logs(number)[-3000:])
+        return run, tasks
+
+    def logs(self, number):
+        told = self.ask(
+            "logs/filter", {"logs": {"flow_run_id": {"any_": [number]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
+        )
+        return "\n".join(line["message"] for line in told)
+
+    def result(self, run, file, text=True):
+        """A file of artifacts/ as a run made it, from DVC's cache."""
+        got = subprocess.run(
+            [sys.executable, "-m", "dvc", "get", "-q", ".", f"artifacts/{file}", "--rev", self.branch(run), "-o", "got"],
+            cwd=self.root, env=checkout.environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert got.returncode == 0, got.stderr
+        content = (self.root / "got").read_bytes()
+        (self.root / "got").unlink()
+        return json.loads(content) if text else content
+
+    def branch(self, run):
+        [branch] = [name for name in self.branches() if name.endswith(run[:8])]
+        return branch
+
+    def branches(self):
+        told = subprocess.run(
+            ["git", "branch", "--format=%(refname:short)"], cwd=self.root, capture_output=True, text=True
+        )
+        return told.stdout.split()
+
+    def stage(self, module):
+        """The processes of a stage that runs anywhere below the checkout."""
+        found = []
+        for process in processes_in(self.root):
+            try:
+                if f"dit.stages.{module}" in process.cmdline()[:4]:
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
+    def flow(self, number):
+        """The process of a run."""
+        found = [pid for pid, its in services.marked(self.folder).items() if its.get("PREFECT__FLOW_RUN_ID") == number]
+        return min(found, default=None)
+
+
+def image(seed):
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    told = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **told)
+    client.endpoint = f"http://{host}:{port}"
+    client.create_bucket(Bucket="photos")
+    for number in range(48):
+        client.put_object(Bucket="photos", Key=f"set/{'ab'[number % 2]}/{number:03}.png", Body=image(number))
+    yield client
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, bucket):
+    root = checkout.make(tmp_path_factory.mktemp("micro"))
+    for name in ("micro", "other"):
+        text = (root / "tests" / "micro.yaml").read_text()
+        (root / "presets" / f"{name}.yaml").write_text(text.replace("num_steps: 2", f"num_steps: {len(name) - 2}"))
+    (root / "presets" / "bucket.yaml").write_text(BUCKET)
+    it = Local(root, tmp_path_factory.mktemp("home"), bucket.endpoint)
+    it.dit("preset", "bucket")
+    checkout.run(root, "git", "add", "-A")
+    checkout.run(root, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "presets")
+    it.first_words = it.dit("up")
+    try:
+        yield it
+    finally:
+        it.dit("down")
+        left = processes_in(root) + list(services.marked(it.folder))
+        services.signal_each([getattr(one, "pid", one) for one in left], signal.SIGKILL)
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def micro(local):
+    """The first run of the micro settings."""
+    return local.start("train-dit/any", 'preset="micro"')
+
+
+LONG = ['preset="micro"', 'set=["train.max_steps=1500", "run.checkpoint_every_steps=100", "run.preview_every_steps=0"]']
+
+
+def long(seed):
+    """A training that lasts long enough to be disturbed, of its own seed."""
+    return [LONG[0], LONG[1].replace("[", f'["train.seed={seed}", ')]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local, micro, tmp_path_factory):
+    """What a training gives that nobody disturbs, by its seed: made in a clone that shares nothing."""
+
+    def weights(seed):
+        clone = tmp_path_factory.mktemp("clone") / "it"
+        checkout.run(local.root, "git", "clone", "-q", str(local.root), str(clone))
+        checkout.run(clone, sys.executable, "-m", "dit.cli", "preset", "micro")
+        params = clone / "params.yaml"
+        text = params.read_text().replace("max_steps: 12 ", "max_steps: 1500 ")
+        text = text.replace("checkpoint_every_steps: 5 ", "checkpoint_every_steps: 100 ")
+        head, section = text.split("\ntrain:\n")
+        params.write_text(head + "\ntrain:\n" + section.replace("seed: 0 ", f"seed: {seed} ", 1))
+        checkout.repro(clone, "train")
+        return (clone / "artifacts" / "train" / "model.safetensors").read_bytes()
+
+    return weights
+
+
+def test_a_deployment_runs_all_stages_and_then_finds_all_cached(local, micro):
+    run, tasks = local.completed(micro)
+    assert list(tasks) == ["preflight", *dag.stages(local.root)] and set(tasks.values()) == {"Completed"}
+    assert not list(local.root.glob("scratch/worktrees/*"))
+    assert not (local.root / "artifacts").exists()  # the checkout is a person's
+    _, tasks = local.completed(local.start("train-dit/any", 'preset="micro"'))
+    stages = {name: state for name, state in tasks.items() if name in STAGES}
+    assert stages == {name: "Completed" if name in EVERY_TIME else "Cached" for name in STAGES}
+    assert "dit adopt" in run["state"]["message"]
+    said = local.dit("adopt", micro[:8])
+    assert f"runs/micro/{micro[:8]}" in said and (local.root / "artifacts" / "report" / "index.html").exists()
+    checkout.run(local.root, "git", "checkout", "-q", "HEAD", "--", "params.yaml")
+    checkout.run(local.root, "git", "rm", "-q", "--cached", "--ignore-unmatch", "dvc.lock")
+    (local.root / "dvc.lock").unlink()
+
+
+def test_what_the_server_can_see_to_be_wrong_is_refused_at_once(local):
+    said = local.do(PREFECT, "deployment", "run", "train-dit/any", "-p", 'preset="nosuch"', code=1)
+    assert "nosuch" in said and "Traceback" not in said
+
+
+def test_two_settings_run_at_once_and_the_same_twice_take_turns(local, micro):
+    local.completed(micro)
+    slow = '"run.preview_every_steps=0", "train.max_steps=400"'
+    pair = [local.start("train-dit/any", 'preset="other"', f"set=[{slow}]") for _ in range(2)]
+    alone = local.start("train-dit/any", 'preset="micro"', f"set=[{slow}]")
+    runs = [local.completed(number) for number in (*pair, alone)]
+    times = [(run["start_time"], run["end_time"]) for run, _ in runs]
+    assert times[2][0] < max(times[0][1], times[1][1]) and times[0][0] < times[2][1]  # beside each other
+    cached = [sum(state == "Cached" for state in tasks.values()) for _, tasks in runs[:2]]
+    assert sorted(cached) == [min(cached), len(STAGES) - 2] and min(cached) < len(STAGES) - 2
+    second = pair[cached.index(max(cached))]
+    assert "waiting for train-dit run other-" in local.logs(second)
+
+
+def test_a_cancelled_training_saves_ends_everything_and_goes_on_in_the_next_run(local, micro, undisturbed):
+    local.completed(micro)
+    number = local.start("train-dit/any", *long(1))
+    until(lambda: local.stage("train"), 120)
+    until(lambda: list((local.root / "scratch" / "train").glob("*/state-*")), 60)
+    local.do(PREFECT, "flow-run", "cancel", number)
+    run, _ = local.finished(number, 60)
+    assert run["state_type"] == "CANCELLED"
+    until(lambda: not local.stage("train") and local.flow(number) is None, 30)
+    again = local.start("train-dit/any", *long(1))
+    local.completed(again)
+    assert "going on at step" in local.logs(again)
+    assert local.result(again, "train/model.safetensors", text=False) == undisturbed(1)
+
+
+@pytest.mark.parametrize("victim", ["stage", "dvc", "flow", "worker"])
+def test_whatever_is_killed_the_run_completes_as_if_nothing_had_happened(local, micro, undisturbed, victim):
+    local.completed(micro)
+    seed = {"stage": 2, "dvc": 3, "flow": 4, "worker": 5}[victim]
+    number = local.start("train-dit/any", *long(seed))
+    [stage, *_] = until(lambda: local.stage("train"), 120)
+    until(lambda: "step 100" in local.logs(number) or "going on" in local.logs(number) or time.sleep(0.5), 60)
+    if victim == "stage":
+        stage.kill()
+    elif victim == "dvc":
+        next(one for one in stage.parents() if "dvc" in one.cmdline()[:4]).kill()
+    elif victim == "flow":
+        os.kill(local.flow(number), signal.SIGKILL)
+    else:
+        worker = services.find(local.folder, "worker-local")
+        os.kill(worker.pid, signal.SIGKILL)
+        assert "worker-local" in local.dit("status", code=1)
+        local.dit("up")
+    most = 0
+
+    def over():
+        nonlocal most
+        most = max(most, len(local.stage("train")))
+        return local.run(number)["state_type"] in ("COMPLETED", "FAILED", "CANCELLED")
+
+    until(over, 240)
+    run, tasks = local.completed(number)
+    assert most <= 1 and tasks["train"] == "Completed"
+    assert local.result(number, "train/model.safetensors", text=False) == undisturbed(seed)
+    assert local.flow(number) is None and not list(local.root.glob(f"scratch/worktrees/*{number[:8]}"))
+
+
+def test_new_images_in_the_bucket_retrain_and_nothing_else_does(local, bucket):
+    first = local.start("retrain/pictures")
+    local.completed(first)
+    listing = local.result(first, "scan/listing.json")
+    assert len(listing["rows"]) == 48
+    assert local.result(first, "register/model.json")["alias"] == "champion"
+    idle = local.start("retrain/pictures")
+    run, tasks = local.completed(idle)
+    assert run["state"]["name"] == "NothingNew" and "encode" not in tasks
+    assert not [name for name in local.branches() if name.endswith(idle[:8])]
+
+    for number in range(100, 106):
+        bucket.put_object(Bucket="photos", Key=f"set/{'ab'[number % 2]}/{number}.png", Body=image(number))
+    for number in range(3):
+        bucket.put_object(Bucket="photos", Key=f"set/a/corrupt{number}.png", Body=image(number)[:40])
+    gone = "a/000.png"
+    bucket.delete_object(Bucket="photos", Key=f"set/{gone}")
+    before = local.ask("flow_runs/count", {"flows": {"name": {"any_": ["retrain"]}}})
+    assert "retrain/pictures starts" in local.dit("notify")
+
+    def started():
+        runs = local.ask("flow_runs/filter", {"flows": {"name": {"any_": ["retrain"]}}, "sort": "START_TIME_DESC"})
+        return [run["id"] for run in runs if run["id"] not in (first, idle)]
+
+    [number] = until(started, 60)
+    assert local.ask("flow_runs/count", {"flows": {"name": {"any_": ["retrain"]}}}) == before + 1
+    _, tasks = local.completed(number)
+    assert tasks["train"] == "Completed"
+    said = local.logs(number)
+    assert "9 new, 0 changed, 1 gone" in said
+    assert {row["key"] for row in local.result(number, "shard/quarantine.json")} == {
+        f"a/corrupt{n}.png" for n in range(3)
+    }
+    model = local.result(number, "register/model.json")
+    assert model["version"] == 2 and model["decision"] in ("champion", "challenger") and model["reasons"]
+    old, new = (local.result(run, "encode/index.json") for run in (first, number))
+    assert len({shard["sha256"] for shard in old["shards"]} & {shard["sha256"] for shard in new["shards"]}) >= 2
+    left_no_trace(local, number, gone, next(row[2] for row in listing["rows"] if row[0] == gone))
+
+    run, tasks = local.completed(local.start("retrain/pictures"))
+    assert run["state"]["name"] == "NothingNew"
+
+
+def left_no_trace(local, run, key, digest):
+    """Neither the key nor the picture of a deleted image is in any artifact of a run."""
+    tree = worktrees.describe(local.root, "look" + run, "look")
+    worktrees.open_worktree(tree, local.branch(run))
+    try:
+        assert worktrees.dvc(tree.root, "checkout").returncode == 0
+        files = [file for file in (tree.root / "artifacts").rglob("*") if file.is_file()]
+        assert len(files) > 20
+        for file in files:
+            content = file.read_bytes()
+            assert key.encode() not in content and digest.encode() not in content, file
+        for shard in (tree.root / "artifacts" / "shard").rglob("*.tar"):
+            with tarfile.open(shard) as tar:
+                assert tar.getnames()
+    finally:
+        worktrees.close(tree)
