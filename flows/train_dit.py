@@ -20,13 +20,12 @@ from pydantic import Field
 from dit import presets, staleness
 from dit.config import read_params
 from dit.paths import Paths
-from flows import dag, events, forecast, leash, placement, summary, walk, workplace
+from flows import dag, events, forecast, leash, onhosts, placement, summary, walk, workplace
 from flows.workplace import Wanted, Workplace
 
 CHECKOUT = Path(__file__).parents[1]
 MOST_RESTARTS = 5  # of one run, by Prefect, after its machine died
 PREPARE = ("scan", "shard")  # what needs no accelerator, and tells how much there is to do
-ACCELERATED = {"vae", "encode", "reference", "train", "sample", "evaluate"}
 
 # What Prefect's form offers, and its server accepts.
 Preset = Literal[tuple(presets.names(CHECKOUT / "presets"))]
@@ -106,7 +105,7 @@ def work(
             states |= walk.walk(place, first, force)
             staleness.restore(place.root, pull=place.remote is not None)  # what the run-cache has is not to do
             stale = forecast.look_ahead(place, device, at == "elsewhere", anyway)
-            if stale is None or ACCELERATED & {*stale, *force}:
+            if stale is None or onhosts.ACCELERATED & {*stale, *force}:
                 place.keep("prepared")
                 return None
             log.info("nothing is left that needs an accelerator")

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
-from flows import dag, display, events
+from flows import dag, display, events, onhosts
 from flows.workplace import Workplace
 
 STAGE_RETRIES, RETRY_SECONDS = 3, 10.0  # where params.yaml's section `run` says nothing else
@@ -45,7 +45,13 @@ def run_stage(name: str, place: Workplace, force: bool) -> State:
             log.info,
             force=force,
             pull=place.remote is not None,
-            environment={"DIT_FLOW_RUN_ID": str(flow_run.id), **place.environment, **afresh, **environment},
+            environment={
+                "DIT_FLOW_RUN_ID": str(flow_run.id),
+                **place.environment,
+                **afresh,
+                **environment,
+                **onhosts.shell(),
+            },
             hold=place.hold,
         )
     events.emit(events.RUN_IDLE, events.run(str(flow_run.id)))
