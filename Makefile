@@ -14,7 +14,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow check lint format up down status clean lock
+.PHONY: help repro test test-slow check lint format up down status deploy clean lock
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,14 +39,17 @@ lint: .venv/.installed ## ruff: lint and formatting
 format: .venv/.installed ## ruff: repair what it can
 	@$(BIN)/python -m ruff check --fix . && $(BIN)/python -m ruff format .
 
-up: .venv/.installed ## start local Prefect and MLflow servers and a worker (or reuse them)
-	@$(BIN)/python -m flows.local up
+up: .venv/.installed ## start local Prefect and MLflow servers and workers (or reuse them)
+	@$(BIN)/python -m dit.cli up
 
 down: .venv/.installed ## end exactly what `make up` started
-	@$(BIN)/python -m flows.local down
+	@$(BIN)/python -m dit.cli down
 
 status: .venv/.installed ## what `make up` started, and its health
-	@$(BIN)/python -m flows.local status
+	@$(BIN)/python -m dit.cli status
+
+deploy: .venv/.installed ## make all deployments on the Prefect server that is configured (dit deploy)
+	@$(BIN)/python -m dit.cli deploy
 
 clean: .venv/.installed ## delete the states of earlier trainings (results stay)
 	@$(BIN)/python -m dit.cli clean

@@ -15,7 +15,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    command = commands.add_parser("check", help="validate params.yaml for every stage at once")
+    command = commands.add_parser(
+        "check", help="validate params.yaml for every stage at once, and say what a run will do"
+    )
+    command.add_argument("--device", help="what it will run on: H100, ..., cpu; default: this machine's")
+    command.add_argument("--devices", type=int, default=1, metavar="N", help="how many of them")
+    command.add_argument("--stale", metavar="STAGES", help="the stages to run, with commas; default: as DVC says")
+    command.add_argument("--no-push", dest="push", action="store_false", help="do without the DVC remote")
+    command.add_argument("--elsewhere", action="store_true", help="the device is another machine's, with its own files")
+    command.add_argument("--anyway", action="store_true", help="succeed although it can't end well")
+    command.add_argument(
+        "--json", action="store_true", dest="as_json", help="for programs; nothing is refused but settings"
+    )
     command.set_defaults(run=check)
 
     command = commands.add_parser("preset", help="put a preset into params.yaml, keeping its comments")
@@ -32,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     command.add_argument("--dry-run", action="store_true", help="show what would change and change nothing")
     command.set_defaults(run=init)
+
+    command = commands.add_parser("adopt", help="bring a flow run's settings and results into this checkout")
+    command.add_argument("wanted", metavar="RUN", help="its id, the beginning of it, or its branch runs/PRESET/ID")
+    command.set_defaults(run=adopt)
 
     command = commands.add_parser("clean", help="delete the states of earlier trainings in scratch/ (results stay)")
     command.set_defaults(run=clean)
@@ -73,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.set_defaults(run=info)
 
     _add_evaluate(commands)
+    _add_notify(commands)
+    _add_servers(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -116,11 +133,67 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=evaluate)
 
 
+def _add_notify(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "notify", help="tell the Prefect server that a data set changed: retrain looks at once"
+    )
+    command.add_argument("--dataset", metavar="NAME", help="default: params.yaml's data.name")
+    command.add_argument(
+        "--if-changed", action="store_true", help="only if files came, went or changed since this was last asked"
+    )
+    command.set_defaults(run=notify)
+
+
+def _add_servers(commands: argparse._SubParsersAction) -> None:
+    for name, words in {
+        "up": "start Prefect's and MLflow's servers and workers on this machine, or use those that run",
+        "down": "end exactly what `dit up` started; runs go on at the next `dit up`",
+        "status": "what `dit up` started, and its health",
+        "deploy": "bring prefect.yaml's deployments, work pools and automations to the Prefect server",
+    }.items():
+        command = commands.add_parser(name, help=words)
+        if name == "deploy":
+            command.add_argument("--kubernetes", action="store_true", help="with the work pools of infra/work_pools")
+        command.set_defaults(run=servers, what=name)
+
+
+def servers(options: argparse.Namespace) -> None:
+    import subprocess
+
+    # A process of its own: the checkout's flows are run, wherever `dit` is installed, and Prefect stays out of here.
+    more = ["--kubernetes"] if getattr(options, "kubernetes", False) else []
+    command = [sys.executable, "-m", "flows.local", options.what, *more]
+    if not Path("flows/local.py").exists():
+        raise ValueError(f"no flows in {Path.cwd()}: run in the project's folder")
+    with subprocess.Popen(command) as local:
+        try:
+            code = local.wait()
+        except KeyboardInterrupt:  # the other one has it too, and ends what it was at
+            code = local.wait()
+    if code:
+        raise SystemExit(code)
+
+
 def check(options: argparse.Namespace) -> None:
-    from dit import check
+    import os
+
     from dit.paths import Paths
 
-    check.check(Paths())
+    if "DVC_STAGE" in os.environ:  # set by DVC for its commands
+        from dit import check
+
+        check.check_in_dvc(Paths())
+        return
+    from dit import preflight
+
+    told = {name: getattr(options, name) for name in ("device", "devices", "push", "elsewhere")}
+    stale = None if options.stale is None else [name for name in options.stale.split(",") if name]
+    found = preflight.checked(Paths(), stale=stale, **told)
+    print(found.dump() if options.as_json else found.line)
+    if not options.as_json:
+        doubts = [*found.warnings, *(found.faults if options.anyway else [])]
+        print("".join(f"dit: {doubt}\n" for doubt in doubts), end="", file=sys.stderr)
+        preflight.refuse(found, options.anyway)
 
 
 def preset(options: argparse.Namespace) -> None:
@@ -140,6 +213,19 @@ def init(options: argparse.Namespace) -> None:
 
     wanted = {"name": options.name, "preset": options.preset, "mirror": not options.no_mirror}
     print("\n".join(start.init(options.folder, Paths(), **wanted, write=not options.dry_run)))
+
+
+def adopt(options: argparse.Namespace) -> None:
+    from flows import worktrees
+
+    print("\n".join(worktrees.adopt(Path.cwd(), options.wanted)))
+
+
+def notify(options: argparse.Namespace) -> None:
+    from dit.paths import Paths
+    from flows import events
+
+    print(events.notify(Paths(), options.dataset, if_changed=options.if_changed))
 
 
 def clean(options: argparse.Namespace) -> None:

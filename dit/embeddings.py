@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit import torchvision_cpu
-from dit.paths import file_sha256
+from dit.paths import Given, file_sha256, given_here
 
 SUFFIXES = (".npz", ".safetensors")
 NAMES = ("features", "features_mirror")
@@ -55,10 +55,10 @@ class Features:
     missing: Callable[[Iterable[str]], list[str]]
 
 
-def require_source(source: str) -> None:
+def require_source(source: str, given: Given = given_here) -> None:
     """Raise ValueError, one line, unless there is a file or an extractor of this name, with its weights. Reads none."""
     if is_file_name(source):
-        path = Path(source).expanduser().absolute()
+        path = given(source).absolute()
         if path.is_dir():
             raise ValueError(f"encode.features: {path} is a folder: name a .npz or .safetensors file")
         if not path.is_file():
@@ -81,7 +81,7 @@ def is_file_name(source: str) -> bool:
     return source.lower().endswith(SUFFIXES)
 
 
-def read_header(source: str) -> tuple[int, bool]:
+def read_header(source: str, given: Given = given_here) -> tuple[int, bool]:
     """L, and whether mirror images have features of their own; of a file no more than its header is read.
 
     Raises ValueError where the file has none that can be read. `require_source` comes first.
@@ -89,7 +89,7 @@ def read_header(source: str) -> tuple[int, bool]:
     if not is_file_name(source):
         match = PIXELS.fullmatch(source)
         return (int(match[1]) ** 2 if match and match[2] else 1), True
-    path = Path(source).expanduser().absolute()
+    path = given(source).absolute()
     try:
         shapes = _npz_shapes(path) if path.suffix.lower() == ".npz" else _safetensors_shapes(path)
         shape = shapes["features"]
@@ -98,12 +98,12 @@ def read_header(source: str) -> tuple[int, bool]:
     return (shape[1] if len(shape) == 3 else 1), "features_mirror" in shapes
 
 
-def open_features(source: str, device: torch.device | str = "cpu") -> Features:
+def open_features(source: str, device: torch.device | str = "cpu", given: Given = given_here) -> Features:
     """The source of this name. Raises ValueError, one line, where there is none, it is damaged, or its weights are
     not here."""
-    require_source(source)
+    require_source(source, given)
     if is_file_name(source):
-        return _from_file(source)
+        return _from_file(source, given(source).absolute())
     if PIXELS.fullmatch(source):
         return _extractor(source, source, lambda images: mean_colours(images, source))
     weights = library_weights(source)
@@ -247,8 +247,7 @@ def library_weights(name: str) -> list[tuple[Path, str]]:
     return files
 
 
-def _from_file(source: str) -> Features:
-    path = Path(source).expanduser().absolute()
+def _from_file(source: str, path: Path) -> Features:
     keys, features, mirror = read_file(path)
     row = {key: number for number, key in enumerate(keys)}
 

@@ -23,6 +23,7 @@ from dit.extractors import Extractor, open_extractor
 from dit.features import Collected, collect
 from dit.imagesets import ImageSet
 from dit.metrics import short_count
+from dit.paths import given_here
 from dit.references import Reference, kind_of, read_reference, real_features, require_match
 from dit.sources import DataConfig
 from dit.uncertainty import Interval
@@ -158,7 +159,7 @@ def score(
 
 def extractor_of(reference: Reference, device: torch.device | str = "cpu") -> Extractor:
     """The extractor that a reference of the pipeline's was made with. Raises ValueError where it is not to be had."""
-    weights = Path(reference.weights) if reference.weights else None
+    weights = given_here(reference.weights) if reference.weights else None
     if reference.extractor == "inception_custom" and weights is None:
         raise ValueError(f"{reference.folder} was made with weights of one's own: name their file (--weights)")
     return open_extractor(kind_of(reference), device=device, weights=weights, folder=reference.folder)

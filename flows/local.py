@@ -1,4 +1,4 @@
-"""`python -m flows.local up | down | status`: servers, deployments and a worker on this machine, for this checkout.
+"""`python -m flows.local up | down | status | deploy`: servers, deployments and workers of this checkout (`dit up` ...).
 
 PREFECT_PORT and MLFLOW_PORT choose other ports than 4200 and 5000. DIT_SAVE_SECONDS, given to `up`, is how long a
 stage that is ended may save (see `leash`). Logs are in `scratch/local`. While the servers run,
@@ -6,74 +6,81 @@ a `prefect.toml` in the checkout points `prefect` commands typed in this folder 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from flows import leash, servers, services, turns
+from flows import deploy, leash, lost, servers, services, turns
 from flows.services import Service
 
-POOLS = {"local": "runs on this machine, one at a time", "gpu": "runs that need a GPU"}
-WORKERS = tuple(f"worker-{pool}" for pool in POOLS)
+RUNS_AT_ONCE = 4  # by the local worker: some of them only wait, for runs that they have started
 END_FLOW_SECONDS = 9.0  # what a flow needs to end beyond its stage's time to save
-_RUN_ID = "PREFECT__FLOW_RUN_ID"
 
 
 def up(root: Path, say: Callable[[str], None] = print) -> None:
-    """Start what doesn't run yet: servers, work pools, deployments, workers. What runs is used.
+    """Start what doesn't run yet: servers, work pools, deployments, automations, workers. What runs is used.
 
+    A run whose process is gone, of an earlier day or of a machine that went down, starts again where it stopped.
     Raises ValueError with the reason if something can't start; what this call had started is ended then.
     """
-    if not (root / "prefect.yaml").exists():
-        raise ValueError(f"no prefect.yaml in {root.resolve()}: run in the project's folder")
+    wanted = deploy.plan(root)
     leash.save_seconds()  # a worker hands it to its flows: refused here, not there
     began, folder = time.monotonic(), servers.folder_of(root)
     with turns.turn(folder, "lock", "another `up` or `down`", say):
         started: list[Service] = []
         try:
             found = servers.ensure(root, servers.NAMES, started, say)
-            environment = servers.environment(root, found)
-            deployed, recipe = folder / "deployed", _recipe(root, found["prefect"])
+            prefect, environment = found["prefect"], servers.environment(root, found)
+            deployed, recipe = folder / "deployed", _recipe(root, wanted, prefect)
             stale = not deployed.exists() or deployed.read_text() != recipe
             if stale:
-                _make_pools(root, environment)
+                _settings(environment)
+                deploy.prepare(root, wanted, say, ours=True)
+            staffed = {_pool(worker) for worker in _workers(folder)}
+            for name in lost.settle(prefect, folder, staffed):
+                say(f"ended before its time: {name}")
             workers = _start_workers(root, environment, started)
             if stale:
-                _deploy(root, environment)
+                deploy.deploy(root, wanted, lambda line: None, prune=True)
                 deployed.write_text(recipe)
             for worker, since in workers:
-                servers.wait_until(lambda w=worker, s=since: _online(found["prefect"], w, s), worker, folder)
+                servers.wait_until(lambda w=worker, s=since: _online(prefect, w, s), worker, folder)
         except BaseException:
             for service in reversed(started):
                 services.end(folder, service)
             raise
-        pointed = servers.point_here(root, found["prefect"])
+        pointed = servers.point_here(root, prefect)
     seconds = time.monotonic() - began
     say(f"started in {seconds:.0f} s" if started else "everything runs already")
     _report(root, found, pointed, say)
 
 
 def down(root: Path, say: Callable[[str], None] = print) -> None:
-    """End exactly what `up` started: the workers' flows first (a stage may save), then workers and servers."""
+    """End exactly what `up` started: workers, their flows (a stage may save), servers.
+
+    A flow that is ended so goes on at the next `up`; to end one for good, cancel it before.
+    """
     folder = servers.folder_of(root)
     if not folder.exists():
         say("nothing to end")
         return
     with turns.turn(folder, "lock", "another `up` or `down`", say):
+        workers = _workers(folder)
+        for worker in workers:  # first: they would start again what ends now
+            lost.end_worker(folder, worker)
         ended = [f"{count} running flow(s)"] if (count := _end_flows(folder, say)) else []
-        for name in (*WORKERS, *reversed(servers.NAMES)):
+        ended += [worker.name for worker in workers]
+        for name in reversed(servers.NAMES):
             if service := services.find(folder, name):
                 services.end(folder, service)
                 ended.append(name)
@@ -88,76 +95,107 @@ def down(root: Path, say: Callable[[str], None] = print) -> None:
 def status(root: Path, say: Callable[[str], None] = print) -> bool:
     """Say what runs; true if both servers and the local worker do."""
     folder = servers.folder_of(root)
-    found = {name: services.find(folder, name) for name in (*servers.NAMES, *WORKERS)}
+    found = {name: services.find(folder, name) for name in (*servers.NAMES, "worker-local")}
+    found |= {worker.name: worker for worker in _workers(folder)}
+    healthy = True
     for name, service in found.items():
-        if service and service.port:
-            say(f"{name:13} {service.url}, process {service.pid}{'' if servers.answers(service) else ', no answer'}")
-        elif service or name != "worker-gpu":
-            say(f"{name:13} {f'process {service.pid}' if service else 'does not run'}")
-    if flows := _flows(folder):
-        say(f"{len(flows)} flow(s) running")
-    return all(found[name] for name in (*servers.NAMES, "worker-local"))
+        answers = service is not None and (service.port is None or servers.answers(service))
+        healthy = healthy and answers
+        where = f"{service.url}, process {service.pid}" if service and service.port else ""
+        where = where or (f"process {service.pid}" if service else "does not run")
+        say(f"{name:13} {where}" + (", no answer" if service and not answers else ""))
+    if running := lost.flows(folder):
+        say(f"{len(running)} flow(s) running")
+    if found["prefect"]:
+        with contextlib.suppress(OSError):
+            _say_runs(found["prefect"], say)
+    return healthy
 
 
-def _make_pools(root: Path, environment: dict[str, str]) -> None:
-    """The work pools of prefect.yaml. They know where the checkout lies; the deployments don't."""
-    os.environ.update(environment)  # before Prefect, which reads it when it is imported
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.workers.process import ProcessWorker
+def _say_runs(prefect: Service, say: Callable[[str], None]) -> None:
+    ours = servers.ask(prefect, "deployments/filter")
+    paused = [one["name"] for one in ours if one.get("paused")]
+    say(f"{len(ours)} deployments" + (f", of which paused: {', '.join(paused)}" if paused else ""))
+    late = servers.ask(prefect, "flow_runs/count", {"flow_runs": {"state": {"name": {"any_": ["Late"]}}}})
+    if late:
+        say(f"{late} run(s) late: they wait for a worker of their work pool")
 
-    template = ProcessWorker.get_default_base_job_template()
-    template["variables"]["properties"]["working_dir"]["default"] = str(root.resolve())
-    with get_client(sync_client=True) as client:
-        for name, description in POOLS.items():
-            pool = WorkPoolCreate(name=name, type="process", description=description, base_job_template=template)
-            client.create_work_pool(pool, overwrite=True)
+
+def _settings(environment: dict[str, str]) -> None:
+    """Point this process's Prefect at the server."""
+    for name in [name for name in os.environ if name.startswith("PREFECT_") and name not in environment]:
+        del os.environ[name]
+    os.environ.update(environment)
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
+
+
+def gpus() -> list[str]:
+    """The accelerators that workers may hand out, as CUDA_VISIBLE_DEVICES names them."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for part in chosen.split(",") if (name := part.strip()) not in ("", "-1")]
+    return sorted(
+        (m[1] for file in Path("/dev").glob("nvidia*") if (m := re.fullmatch(r"nvidia(\d+)", file.name))), key=int
+    )
+
+
+def _workers(folder: Path) -> list[Service]:
+    """The workers that run here."""
+    files = sorted(folder.glob("worker-*.json"))
+    return [worker for file in files if (worker := services.find(folder, file.stem))]
+
+
+def _pool(worker: Service) -> str:
+    return worker.name.split("-")[1]
 
 
 def _start_workers(root: Path, environment: dict[str, str], started: list[Service]) -> list[tuple[Service, float]]:
-    """Start the missing workers; returns each with the time of its start."""
+    """Start the missing workers, one for `local` and one for each GPU; returns each with the time of its start."""
     folder, new = servers.folder_of(root), []
-    for pool, name in zip(POOLS, WORKERS, strict=True):
-        if services.find(folder, name) or (pool == "gpu" and not Path("/dev/nvidia0").exists()):
+    # Each GPU's worker takes one run at a time: further ones wait on the server, as "Late". Not a limit of the pool:
+    # there, a run whose process was killed would keep its place.
+    wanted = {"worker-local": (RUNS_AT_ONCE, {})}
+    wanted |= {f"worker-gpu-{gpu}": (1, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus()}
+    for name, (limit, own) in wanted.items():
+        if services.find(folder, name):
             continue
-        # One run at a time: further ones wait on the server, as "Late". Not a limit of the pool: there, a run whose
-        # process was killed would keep its place.
-        words = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "1", "--name", pool]
-        since = time.time()
-        worker = services.start(folder, name, [sys.executable, "-m", "prefect", *words], environment, root)
+        pool = name.split("-")[1]
+        words = ["--pool", pool, "--type", "process", "--limit", str(limit), "--name", name]
+        command, since = [sys.executable, "-m", "prefect", "worker", "start", *words], time.time()
+        worker = services.start(folder, name, command, {**environment, **own}, root)
         started.append(worker)
         new.append((worker, since))
     return new
 
 
-def _recipe(root: Path, prefect: Service) -> str:
-    """What the deployments follow from: prefect.yaml, the flow's parameters, and the server that knows them."""
-    files = b"".join((root / file).read_bytes() for file in ("prefect.yaml", "flows/train_dit.py"))
-    return hashlib.sha256(files + f"{prefect}{root.resolve()}".encode()).hexdigest()
-
-
-def _deploy(root: Path, environment: dict[str, str]) -> None:
-    words = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    deploy = subprocess.run(words, cwd=root, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    (servers.folder_of(root) / "deploy.log").write_text(deploy.stdout + deploy.stderr)
-    if deploy.returncode != 0:
-        raise ValueError(f"the deployments of prefect.yaml were refused:\n{(deploy.stderr or deploy.stdout).strip()}")
+def _recipe(root: Path, wanted: list[dict[str, Any]], prefect: Service) -> str:
+    """What deployments and automations follow from: the plan, the flows' code, notifications, the server."""
+    files = [*sorted((root / "flows").glob("*.py")), root / "dvc.yaml"]  # whose stages the forms offer
+    code = b"".join(file.read_bytes() for file in files)
+    named = {"block_documents": {"name": {"any_": [deploy.NOTIFY_BLOCK]}}}
+    blocks = [(one["id"], one["block_type"]["slug"]) for one in servers.ask(prefect, "block_documents/filter", named)]
+    presets = sorted(file.name for file in (root / "presets").glob("*.yaml"))
+    told = json.dumps([wanted, presets, sorted(blocks), str(prefect), str(root.resolve())], sort_keys=True)
+    return hashlib.sha256(code + told.encode()).hexdigest()
 
 
 def _online(prefect: Service, worker: Service, since: float) -> bool:
-    pool = worker.name.removeprefix("worker-")
-    seen = _ask(prefect, f"work_pools/{pool}/workers/filter")
-    return any(datetime.fromisoformat(one["last_heartbeat_time"]).timestamp() >= since for one in seen)
+    seen = servers.ask(prefect, f"work_pools/{_pool(worker)}/workers/filter")
+    its = [one for one in seen if one["name"] == worker.name]
+    return any(datetime.fromisoformat(one["last_heartbeat_time"]).timestamp() >= since for one in its)
 
 
 def _report(root: Path, found: dict[str, Service], pointed: bool, say: Callable[[str], None]) -> None:
-    prefect, flows = found["prefect"], {one["id"]: one["name"] for one in _ask(found["prefect"], "flows/filter")}
+    prefect = found["prefect"]
+    flows = {one["id"]: one["name"] for one in servers.ask(prefect, "flows/filter")}
     say(f"Prefect      {prefect.url}")
     say(f"MLflow       {found['mlflow'].url}")
-    for one in sorted(_ask(prefect, "deployments/filter"), key=lambda one: one["name"]):
-        pool = one["work_pool_name"]
-        served = services.find(servers.folder_of(root), f"worker-{pool}")
-        say(f"deployment   {flows[one['flow_id']]}/{one['name']}" + ("" if served else f" (no worker for pool {pool})"))
+    pools = {_pool(worker) for worker in _workers(servers.folder_of(root))}
+    for line in _deployments(servers.ask(prefect, "deployments/filter"), flows, pools):
+        say(f"deployment   {line}")
+    for name in lost.waiting(prefect):
+        say(f"goes on      {name}")
     command = os.path.relpath(Path(sys.executable).with_name("prefect"))
     command = str(Path(sys.executable).with_name("prefect")) if command.startswith("..") else command
     say(f"run one      {shlex.quote(command)} deployment run train-dit/digits --watch")
@@ -165,54 +203,61 @@ def _report(root: Path, found: dict[str, Service], pointed: bool, say: Callable[
     say(f"{where}: export PREFECT_API_URL={prefect.url}/api")
 
 
-def _ask(prefect: Service, path: str) -> list[dict[str, Any]]:
-    request = urllib.request.Request(
-        f"{prefect.url}/api/{path}", data=b"{}", headers={"Content-Type": "application/json"}, method="POST"
-    )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as reply:
-        return json.loads(reply.read())
-
-
-def _flows(folder: Path) -> list[int]:
-    """The flows' own processes, those included whose worker was killed; not what they started."""
-    ours = {pid for pid, environment in services.marked(folder).items() if _RUN_ID in environment}
-    return [pid for pid in ours if _parent(pid) not in ours]
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return psutil.Process(pid).ppid()
-    except psutil.Error:
-        return None
+def _deployments(found: list[dict[str, Any]], flows: dict[str, str], staffed: set[str]) -> list[str]:
+    """A line for each flow: its deployments' names; for each pool without a worker: what needs one."""
+    by_flow: dict[str, list[str]] = {}
+    idle: dict[str, list[str]] = {}
+    for one in sorted(found, key=lambda one: one["name"]):
+        name, pool = flows[one["flow_id"]], one["work_pool_name"]
+        by_flow.setdefault(name, []).append(one["name"])
+        for needed in {pool, (one["parameters"] or {}).get("pool")} - {None, *staffed}:
+            idle.setdefault(needed, []).append(f"{name}/{one['name']}")
+    lines = [f"{name}/{{{', '.join(names)}}}" for name, names in sorted(by_flow.items(), reverse=True)]
+    return lines + [
+        f"(no worker for pool {pool}: {', '.join(names)} would wait)" for pool, names in sorted(idle.items())
+    ]
 
 
 def _end_flows(folder: Path, say: Callable[[str], None]) -> int:
     """End the flows and whatever they started; a stage may save. Returns how many there were."""
-    if flows := _flows(folder):
-        below = {pid: its for pid, its in services.marked(folder).items() if _RUN_ID in its}
+    running = lost.flows(folder)
+    if running:
+        below = {pid: its for pid, its in services.marked(folder).items() if lost.RUN_ID in its}
         patience = max(map(leash.save_seconds, below.values()), default=0.0)
-        say(f"ending {len(flows)} running flow(s): a stage may save, up to {patience:g} s")
+        say(f"ending {len(running)} running flow(s): a stage may save, up to {patience:g} s")
         # The flows alone: each ends what is below it in the right order.
-        services.signal_each(flows, signal.SIGTERM)
+        services.signal_each(list(running), signal.SIGTERM)
         services.signal_each(services.wait_gone(list(below), patience + END_FLOW_SECONDS), signal.SIGKILL)
-    return len(flows)
+        if prefect := services.find(folder, "prefect"):
+            with contextlib.suppress(OSError):
+                for name in lost.settle_ended(prefect, folder, set(running.values())):
+                    say(f"goes on at the next `up`: {name}")
+    return len(running)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 if something can't start, or (status) doesn't run."""
     parser = argparse.ArgumentParser(prog="python -m flows.local", description=__doc__)
-    parser.add_argument("what", choices=["up", "down", "status"])
-    what, root = parser.parse_args(arguments).what, Path.cwd()
+    parser.add_argument("what", choices=["up", "down", "status", "deploy"])
+    parser.add_argument("--kubernetes", action="store_true", help="deploy: also the work pools of infra/work_pools")
+    chosen, root = parser.parse_args(arguments), Path.cwd()
+    what = chosen.what
     try:
         if what == "status":
             return 0 if status(root) else 1
-        (up if what == "up" else down)(root)
+        if what == "deploy":
+            deploy.deploy_all(root, kubernetes=chosen.kubernetes)
+        else:
+            (up if what == "up" else down)(root)
     except ValueError as error:
         print(f"{what}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{what}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `dit status | head`
+        sys.stderr.close()
+        return 1
     return 0
 
 

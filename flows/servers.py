@@ -5,11 +5,14 @@ touched. MLflow's `mlflow.db` and `mlartifacts/` are the pipeline's own, which i
 """
 
 import contextlib
+import json
 import os
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flows import services, turns
 from flows.services import Service
@@ -63,6 +66,18 @@ def answers(server: Service) -> bool:
     return services.answers(server.url + _HEALTH[server.name])
 
 
+def ask(prefect: Service, path: str, question: dict[str, Any] | None = None) -> Any:
+    """What Prefect's server answers to a POST, without importing Prefect, which takes seconds. Raises OSError."""
+    request = urllib.request.Request(
+        f"{prefect.url}/api/{path}",
+        data=json.dumps(question or {}).encode(),
+        headers={"Content-Type": "application/json"},
+        method="POST",
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as reply:
+        return json.loads(reply.read())
+
+
 def wait_until(ready: Callable[[], bool], service: Service, folder: Path) -> None:
     """Wait for a service that was started; raises ValueError with the end of its log if it ends or takes too long."""
     deadline = time.monotonic() + START_SECONDS
@@ -102,7 +117,7 @@ def for_this_process(root: Path, configured: str | None, say: Callable[[str], No
     stays, for the next run and for looking at this one.
     """
     folder = folder_of(root)
-    if configured and configured != _pointer(root):
+    if configured and configured != pointer(root):
         return {}
     with turns.turn(folder, "lock", "another `up` or `down`", say):
         started: list[Service] = []
@@ -122,7 +137,7 @@ def for_this_process(root: Path, configured: str | None, say: Callable[[str], No
 def point_here(root: Path, prefect: Service) -> bool:
     """Write `prefect.toml`, so that `prefect` typed in the checkout finds the server; false if a person's is there."""
     file = root / "prefect.toml"
-    if file.exists() and _pointer(root) is None:
+    if file.exists() and pointer(root) is None:
         return False
     home = folder_of(root).resolve() / "prefect"
     settings = f'home = "{home}"\nprofiles_path = "{home}/profiles.toml"\n\n[api]\nurl = "{prefect.url}/api"\n'
@@ -132,11 +147,11 @@ def point_here(root: Path, prefect: Service) -> bool:
 
 def point_away(root: Path) -> None:
     """Remove `prefect.toml` if it is ours."""
-    if _pointer(root) is not None:
+    if pointer(root) is not None:
         (root / "prefect.toml").unlink()
 
 
-def _pointer(root: Path) -> str | None:
+def pointer(root: Path) -> str | None:
     """The address in our own prefect.toml; None if there is none, or a person's."""
     try:
         text = (root / "prefect.toml").read_text()

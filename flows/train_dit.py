@@ -21,10 +21,10 @@ from dit import presets, staleness
 from dit.config import read_params
 from dit.paths import Paths
 from flows import dag, events, forecast, leash, onhosts, placement, summary, walk, workplace
+from flows.lost import RESTARTS
 from flows.workplace import Wanted, Workplace
 
 CHECKOUT = Path(__file__).parents[1]
-MOST_RESTARTS = 5  # of one run, by Prefect, after its machine died
 PREPARE = ("scan", "shard")  # what needs no accelerator, and tells how much there is to do
 
 # What Prefect's form offers, and its server accepts.
@@ -68,7 +68,7 @@ def train_dit(
     log = get_run_logger()
     try:
         wanted = Wanted(preset, tuple(set or ()), source)
-        if (flow_run.run_count or 0) > MOST_RESTARTS:
+        if (flow_run.run_count or 0) > RESTARTS + 1:
             raise ValueError(
                 f"this run was started {flow_run.run_count} times and always lost: its machine needs a look"
             )

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from dit import embeddings
 from dit.embeddings import mean_colours, open_features, read_header, require_all
+from dit.paths import Paths
 
 KEYS = ["a/1.png", "a/2.png", "b/1.png"]
 
@@ -214,3 +215,12 @@ def test_any_extractor_of_torch_fidelity_serves(monkeypatch):
     assert features.of(["x", "y"], image).tolist() == [[[0, 0, 0]], [[1, 2, 3]]]
     assert features.of_mirror(["x", "y"], image[:, :, ::-1]).tolist() == [[[0, 0, 0]], [[1, 2, 3]]]
     assert features.digest != open_features("pixels-4x4").digest
+
+
+def test_a_relative_file_lies_where_paths_are_given_from(tmp_path, monkeypatch):
+    write(tmp_path / "f.npz")
+    given = Paths(tmp_path).given
+    assert open_features("f.npz", given=given).source == "f.npz" and read_header("f.npz", given) == (2, False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"the file f.npz is not there .looked at {tmp_path}/elsewhere/f.npz"):
+        open_features("f.npz", given=Paths(tmp_path / "elsewhere").given)

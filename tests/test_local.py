@@ -1,4 +1,4 @@
-"""`python -m flows.local` for real, on random ports and a toy checkout: up, runs by its worker, kills, down."""
+"""`dit up` and its like for real, on random ports and a toy checkout: up, runs by its worker, kills, down."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import toy_pipeline
 from test_services import free_port
 from toy_pipeline import processes_in, tell, train_started, until, with_code
 
-from flows import services
+from flows import local, services
 
 toy_template = toy_pipeline.toy_template
 pytestmark = pytest.mark.slow
@@ -31,6 +31,7 @@ class Checkout:
         ports = {"PREFECT_PORT": str(self.port), "MLFLOW_PORT": str(free_port())}
         self.environment = {**keep, **ports, "HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         self.environment["DIT_SAVE_SECONDS"] = "40"
+        self.environment["CUDA_VISIBLE_DEVICES"] = ""  # no worker for accelerators, on whatever machine
         self.folder = root / "scratch" / "local"
 
     def do(self, *command, code=0, seconds=150):
@@ -41,8 +42,8 @@ class Checkout:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def local(self, what, code=0):
-        return self.do(sys.executable, "-m", "flows.local", what, code=code)
+    def local(self, what, *more, code=0):
+        return self.do(sys.executable, "-m", "dit.cli", what, *more, code=code)
 
     def deploy_run(self, name, *options, code=0):
         """`prefect deployment run` as the README has it; returns the run's number."""
@@ -62,6 +63,11 @@ class Checkout:
         found = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"})
         return [task["state"]["name"] for task in found]
 
+    def states(self, run):
+        """All states of a run so far, by type."""
+        found = self.ask(f"flow_run_states/?flow_run_id={run}")
+        return [one["type"] for one in sorted(found, key=lambda one: one["timestamp"])]
+
     def pids(self):
         return {file.stem: json.loads(file.read_text())["pid"] for file in self.folder.glob("*.json")}
 
@@ -70,6 +76,11 @@ class Checkout:
 def checkout(toy_template, tmp_path_factory):
     root, home = tmp_path_factory.mktemp("local") / "a checkout", tmp_path_factory.mktemp("home")
     shutil.copytree(toy_template, root, symlinks=True)
+    source = (root / "train.py").read_text()
+    saw = 'open(home + "/scratch/saw", "w").write(os.environ["MLFLOW_TRACKING_URI"] + " " + sys.executable)'
+    (root / "train.py").write_text(
+        source.replace("todo = ", f"if 'MLFLOW_TRACKING_URI' in os.environ:\n    {saw}\ntodo = ", 1)
+    )
     it = Checkout(with_code(root), home)
     it.first_words = it.local("up")
     yield it
@@ -94,8 +105,9 @@ def quiet(checkout):
 def test_up_says_where_things_are_and_a_second_one_uses_them(checkout):
     for line in (
         f"Prefect      http://127.0.0.1:{checkout.port}",
-        "deployment   train-dit/digits\n",
-        "(no worker for pool gpu)",
+        "deployment   train-dit/{any, b2, digits, ",
+        "deployment   retrain/{digits, imagenet256, imagenet512}\n",
+        "deployment   (no worker for pool gpu: ",
     ):
         assert line in checkout.first_words
     before = checkout.pids()
@@ -107,12 +119,9 @@ def test_up_says_where_things_are_and_a_second_one_uses_them(checkout):
 
 def test_a_deployment_runs_to_completed_and_is_cached_then(checkout):
     tell(checkout.root)
-    source = (checkout.root / "train.py").read_text()
-    tracked = source.replace('"weights"', 'os.environ["MLFLOW_TRACKING_URI"] + " " + sys.executable')
-    (checkout.root / "train.py").write_text(tracked)
     run = checkout.deploy_run("train-dit/digits", "--watch")
     until(lambda: checkout.tasks(run) == ["Completed"] * 3)
-    uri, python = (checkout.root / "model").read_text().split(" ", 1)
+    uri, python = (checkout.root / "scratch" / "saw").read_text().split(" ", 1)
     assert uri == f"http://127.0.0.1:{checkout.environment['MLFLOW_PORT']}" and python == sys.executable
     run = checkout.deploy_run("train-dit/digits", "--watch")
     until(lambda: checkout.tasks(run) == ["Cached"] * 3)
@@ -124,52 +133,93 @@ def test_a_failed_stage_is_told_by_the_exit_code(checkout):
     assert "no luck today" in checkout.ask(f"flow_runs/{run}")["state"]["message"]
 
 
-def test_a_cancelled_run_saves_and_leaves_no_process_and_the_next_one_waits(checkout):
+def test_a_cancelled_run_saves_and_leaves_no_process_and_stays_cancelled(checkout):
     tell(checkout.root, seconds=100, child=True)
     (checkout.root / "scratch" / "saved").unlink(missing_ok=True)
     run = checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
     train_started(checkout.root)
-    second = checkout.deploy_run("train-dit/smoke")
     checkout.do(PREFECT, "flow-run", "cancel", run)
     until(lambda: checkout.state(run) == "Cancelled", 30)
     assert (checkout.root / "scratch" / "saved").exists()
-    assert len(engines(checkout)) <= 1  # the second one's, which was waiting for a place
-    tell(checkout.root)
-    until(lambda: checkout.state(second) == "Completed", 60)
+    until(lambda: not engines(checkout), 10)
     quiet(checkout)
 
 
-def test_a_flow_that_is_killed_is_told_as_crashed_and_the_next_one_completes(checkout):
+def test_two_runs_go_on_beside_each_other(checkout):
+    tell(checkout.root, seconds=100)
+    first = checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
+    train_started(checkout.root)
+    second = checkout.deploy_run("train-dit/any", "--param", 'preset="smoke"', "--watch")  # the toy is slow but once
+    assert (checkout.state(first), checkout.state(second)) == ("Running", "Completed")
+    checkout.do(PREFECT, "flow-run", "cancel", first)
+    until(lambda: checkout.state(first) == "Cancelled", 30)
+    quiet(checkout)
+
+
+def test_a_flow_that_is_killed_starts_again_by_itself(checkout):
     tell(checkout.root, seconds=100)
     run = checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
     train_started(checkout.root)
+    before = checkout.pids()
     for engine in engines(checkout):
         engine.kill()
-    until(lambda: checkout.state(run) == "Crashed", 30)
+    until(lambda: checkout.state(run) in ("Crashed", "AwaitingRetry"), 30)
+    until(lambda: checkout.state(run) == "Completed", 90)
+    assert checkout.states(run).count("RUNNING") == 2 and "CRASHED" in checkout.states(run)
+    assert checkout.pids() == before  # and the worker, to which it came back, runs
+    assert "does not run" not in checkout.local("status")
     quiet(checkout)
-    tell(checkout.root)
-    assert checkout.state(checkout.deploy_run("train-dit/digits", "--watch")) == "Completed"
 
 
-def test_a_killed_worker_is_replaced_and_down_ends_its_flow_too(checkout):
-    tell(checkout.root, seconds=100, child=True)
-    (checkout.root / "scratch" / "saved").unlink(missing_ok=True)
-    checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
+def test_a_run_whose_worker_was_killed_too_starts_again_with_up(checkout):
+    tell(checkout.root, seconds=100)
+    run = checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
     train_started(checkout.root)
     before = checkout.pids()
-    os.kill(before["worker-local"], signal.SIGKILL)
-    checkout.local("up")
+    name = checkout.ask(f"flow_runs/{run}")["name"]
+    for pid in (before["worker-local"], *(engine.pid for engine in engines(checkout))):
+        os.kill(pid, signal.SIGKILL)
+    quiet(checkout)
+    assert checkout.state(run) == "Running", "somebody else told the server: nothing is tested"
+    said = checkout.local("up")
+    assert f"ended before its time: {name}\n" in said
     after = checkout.pids()
     assert after["prefect"] == before["prefect"] and after["worker-local"] != before["worker-local"]
-    assert "1 flow(s) running" in checkout.local("status")
+    until(lambda: checkout.state(run) == "Completed", 60)
+    assert checkout.states(run).count("RUNNING") == 2
+
+
+def test_down_ends_a_flow_that_saves_and_up_takes_it_up_again(checkout):
+    tell(checkout.root, seconds=100, child=True)
+    (checkout.root / "scratch" / "saved").unlink(missing_ok=True)
+    run = checkout.deploy_run("train-dit/digits", "--param", 'force=["train"]')
+    train_started(checkout.root)
+    os.kill(checkout.pids()["worker-local"], signal.SIGKILL)  # it ends the flows of workers that are gone, too
+    assert "1 flow(s) running" in checkout.local("status", code=1)
+    name = checkout.ask(f"flow_runs/{run}")["name"]
     del checkout.environment["DIT_SAVE_SECONDS"]  # the flow's own counts, not that of whoever ends it
     said = checkout.local("down")
     assert "ending 1 running flow(s): a stage may save, up to 40 s\n" in said
-    assert "ended 1 running flow(s), worker-local, mlflow, prefect\n" in said
+    assert f"goes on at the next `up`: {name}\n" in said
+    assert "ended 1 running flow(s), mlflow, prefect\n" in said
     assert (checkout.root / "scratch" / "saved").exists()
     assert not processes_in(checkout.root)
     assert checkout.local("down") == "nothing to end\n"
     assert "does not run" in checkout.local("status", code=1)
+    assert "there is no Prefect server" in checkout.local("deploy", code=1)
+    checkout.local("up")
+    until(lambda: checkout.state(run) == "Completed" and not engines(checkout), 60)
+    assert checkout.local("down") == "ended worker-local, mlflow, prefect\n"
+
+
+def test_each_gpu_that_is_given_gets_a_worker(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 2,GPU-8a1")
+    assert local.gpus() == ["0", "2", "GPU-8a1"]
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert local.gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert len(local.gpus()) == len([file for file in Path("/dev").glob("nvidia[0-9]*")])
 
 
 def test_a_run_without_servers_starts_one_and_keeps_it_and_up_uses_it(checkout):
@@ -182,4 +232,6 @@ def test_a_run_without_servers_starts_one_and_keeps_it_and_up_uses_it(checkout):
     before = checkout.pids()["prefect"]
     assert "starting mlflow" in checkout.local("up")  # and makes the deployments, which that server did not have
     assert checkout.pids()["prefect"] == before
-    assert len(checkout.ask("deployments/filter", {})) == 3
+    assert len(checkout.ask("deployments/filter", {})) == 21
+    left_out = "left out     train-dit/on-kubernetes-gpu: the server has no work pool kubernetes-gpu"
+    assert left_out in checkout.local("deploy")

@@ -1,10 +1,11 @@
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from dit.config import read_params
-from dit.presets import apply, headline, names, resolve
+from dit.presets import apply, headline, names, override, resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,3 +153,60 @@ def test_each_preset_says_what_it_is_where_it_comes_from_and_what_it_costs():
 def test_every_setting_of_params_yaml_is_explained_where_it_stands():
     lines = [line for line in (ROOT / "params.yaml").read_text().splitlines() if re.match(r"\s+[a-z_]+:", line)]
     assert len(lines) > 90 and [line for line in lines if "#" not in line] == []
+
+
+def test_settings_are_put_in_beside_their_comments(params):
+    before = read_params(params)
+    said = override(
+        params,
+        ["train.max_steps=1000", "train.lr = 1e-4", "train.init_from=models:/x/3", "train.betas=[0.9, 0.95]"]
+        + ["sample.settings=[{name: one, cfg_scale: 1.0, sampler: heun, num_steps: 2}]", "data.mirror=true"]
+        + ["objective.transport={path: gvp}", "vae.pretrained=null"],
+    )
+    after = read_params(params)
+    assert after["train"] == before["train"] | {
+        "max_steps": 1000,
+        "lr": 1e-4,
+        "init_from": "models:/x/3",
+        "betas": [0.9, 0.95],
+    }
+    assert [setting["name"] for setting in after["sample"]["settings"]] == ["one"] and after["data"]["mirror"] is True
+    assert after["objective"]["transport"] == before["objective"]["transport"] | {"path": "gvp"}
+    assert "+  max_steps: 1000         # optimizer steps;" in said and said.count("\n+ ") == 7
+    plain = (ROOT / "params.yaml").read_text()
+    comments = re.compile(r"#.*")
+    assert comments.findall(params.read_text()) == comments.findall(plain)
+    assert override(params, ["train.max_steps=1000"]) == ""
+
+
+def test_a_setting_or_section_that_an_older_file_lacks_is_known(params):
+    settings = read_params(params)
+    del settings["retrain"], settings["run"]["stage_retries"]
+    params.write_text(json.dumps(settings))
+    override(params, ["retrain.min_new_images=5", "run.stage_retries=0"])
+    assert read_params(params)["retrain"] == {"min_new_images": 5} and read_params(params)["run"]["stage_retries"] == 0
+
+
+@pytest.mark.parametrize(
+    "setting, fault",
+    [
+        ("train.max_step=1", "train.max_step: no such setting (did you mean train.max_steps?)"),
+        ("trian.lr=1", "trian: no such section (did you mean train?)"),
+        (
+            "objective.transport={pth: gvp}",
+            "objective.transport.pth: no such setting (did you mean objective.transport.path?)",
+        ),
+        ("train.lr.x=1", "train.lr.x: no such setting, since train.lr is one itself"),
+        ("train=1", "train: this is a section: name a setting in it, such as train.init_from"),
+        ("train.lr=", "train.lr: no value after the =: to take one away, write null"),
+        ("train.lr=[1", "train.lr: '[1' is not readable YAML (expected ',' or ']', but got '<stream end>')"),
+        ("train.lr", "'train.lr' is no setting and its value: write it as train.max_steps=1000"),
+        ("=1", "'=1' is no setting and its value: write it as train.max_steps=1000"),
+        ("preset=xl2", "preset: a run's preset is asked for by its own name, not as a setting"),
+    ],
+)
+def test_a_setting_that_is_none_is_a_line_and_nothing_is_written(params, setting, fault):
+    before = params.read_text()
+    with pytest.raises(ValueError) as caught:
+        override(params, ["train.max_steps=7", setting])
+    assert str(caught.value) == f"set: {fault}" and params.read_text() == before

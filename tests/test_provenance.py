@@ -45,3 +45,25 @@ def test_a_change_makes_it_dirty_but_for_what_dvc_writes_itself(checkout):
 
 def test_what_is_not_known_is_left_out(tmp_path):
     assert provenance(Paths(tmp_path)) == {"preset": ""} and settings(Paths(tmp_path)) == {}
+
+
+def test_in_a_runs_worktree_the_commit_is_the_branchs_own_and_holds_its_settings(checkout):
+    def git(folder, *arguments):
+        told = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(told, check=True, capture_output=True, text=True).stdout.strip()
+
+    (checkout / ".gitignore").write_text("/scratch\n")
+    tree = checkout / "scratch" / "worktrees" / "digits-1"
+    git(checkout, "worktree", "add", "-q", "-b", "runs/digits/1", str(tree))
+    (tree / "scratch").mkdir()
+    (tree / "scratch" / "home").write_text(f"{checkout}\n")
+    (tree / "params.yaml").write_text("preset: digits\ntrain: {lr: 2e-3}\n")
+    assert provenance(Paths(tree))["git.dirty"] == "true"
+    git(tree, "commit", "-qam", "settings")
+    (tree / "dvc.lock").write_text("stages: {}\n")  # as DVC does while the run goes on
+    (checkout / "params.yaml").write_text("preset: being edited\n")
+    told = provenance(Paths(tree))
+    assert told["git.commit"] == git(checkout, "rev-parse", "runs/digits/1") != git(checkout, "rev-parse", "HEAD")
+    assert told["git.dirty"] == "false" and told["preset"] == "digits"
+    assert "lr: 2e-3" in git(checkout, "show", f"{told['git.commit']}:params.yaml")
+    assert provenance(Paths(checkout))["git.dirty"] == "true"

@@ -121,7 +121,7 @@ def test_the_second_time_nothing_changes_and_it_is_quick(paths, trials):
     started = time.monotonic()
     run(paths)
     assert time.monotonic() - started < 1  # the database was not written to: it is not asked
-    (paths.scratch / "register" / "last.json").unlink()
+    next((paths.scratch / "register").glob("*.json")).unlink()
     run(paths)  # asked, it says the same
     assert (paths.artifacts / "register" / "model.json").read_bytes() == before
     assert store.store_stamp(paths) == stamp and list(versions(paths)) == [1] and len(trials) == 1
@@ -160,6 +160,25 @@ def test_the_better_one_wins_the_others_are_challengers(paths):
         assert verb in told["reasons"][0]
         assert aliases(paths) == {"champion": 2, "challenger": version}
     assert told["value"] is None
+
+
+def test_where_a_person_promotes_the_better_one_stays_a_challenger_until_then(paths):
+    told = run(paths, promotion="manual")
+    assert (told["alias"], told["decision"], aliases(paths)) == ("challenger", "challenger", {"challenger": 1})
+    assert told["reasons"][0] == "There was no champion."
+    move = f"MlflowClient().set_registered_model_alias('{NAME}', 'champion', '1')"
+    assert told["reasons"][1].startswith("register.promotion is manual: ") and move in told["reasons"][1]
+    tracking.connect(paths).set_registered_model_alias(NAME, "champion", "1")
+    tracking.connect(paths).delete_registered_model_alias(NAME, "challenger")
+    assert run(paths, promotion="manual")["alias"] == "champion" and aliases(paths) == {"champion": 1}
+    retrain(paths, seed=1, fid=1.5)
+    told = run(paths, promotion="manual")
+    assert told["decision"] == "challenger" and aliases(paths) == {"champion": 1, "challenger": 2}
+    assert told["reasons"][0] == f"{METRIC} 1.5 beats champion version 1's 2."
+    told = run(paths, promotion="auto")
+    assert told["decision"] == "champion" and aliases(paths) == {"champion": 2}
+    assert run(paths, promotion="manual")["reasons"] == ["It is the champion already."]
+    assert aliases(paths) == {"champion": 2}
 
 
 def test_mended_code_makes_a_new_version_of_the_same_weights(paths, tmp_path, monkeypatch):

@@ -77,13 +77,15 @@ def test_the_holder_of_a_port_is_named():
     assert services.holder(port) is None
 
 
-@pytest.mark.parametrize("command", [["flows.local", "up"], ["flows.train_dit"]])
-def test_outside_a_checkout_there_is_one_line_and_nothing_is_made(tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "code"), [(["flows.local", "up"], 1), (["dit.cli", "up"], 2), (["flows.train_dit"], 1)]
+)
+def test_outside_a_checkout_there_is_one_line_and_nothing_is_made(tmp_path, command, code):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "run in the project's folder" in done.stderr
+    assert done.returncode == code and done.stderr.count("\n") == 1 and "run in the project's folder" in done.stderr
     assert not (tmp_path / "scratch").exists()
 
 

@@ -205,3 +205,17 @@ def test_a_model_conditioned_on_embeddings_carries_examples_of_them(paths):
     assert (heldout.unsqueeze(0) == opened.conditions["features"][:, None]).all((2, 3)).any(1).all()
     images = opened.model(torch.randn(2, 2, 4, 4), torch.rand(2), opened.conditions["features"][:2].float())
     assert images.shape == (2, 2, 4, 4)
+
+
+def test_a_worktree_takes_over_what_another_has_trained_and_begins_with_the_homes_weights(paths, initial, capsys):
+    tree = Paths(paths.scratch / "worktrees" / "a")
+    shutil.copytree(paths.artifacts / "encode", tree.artifacts / "encode")
+    tree.scratch.mkdir()
+    (tree.scratch / "home").write_text(str(paths.root))
+    capsys.readouterr()
+    trained(tree)
+    assert "going on at step 6 of 6" in capsys.readouterr().out and not (tree.scratch / "train").exists()
+    same = [(at.artifacts / "train" / "model.safetensors").read_bytes() for at in (paths, tree)]
+    assert same[0] == same[1]
+    config = trained(tree, init_from="theirs")
+    assert config["init"]["from"] == "theirs" and "going on" not in capsys.readouterr().out

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit.paths import Paths
 from dit.vae import CONFIG, WEIGHTS, Autoencoder, VaeConfig, digest_of, fetch, fit, psnr, to_images, to_pixels
 
 SMALL = VaeConfig(pretrained=None, block_out_channels=(8, 8), max_steps=60, latent_channels=3)
@@ -111,3 +112,12 @@ def test_psnr_equals_its_definition():
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         VaeConfig(**{"pretrained": None, **change})
+
+
+def test_a_relative_folder_lies_where_paths_are_given_from(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "weights").symlink_to(folder.parent)
+    fetch(f"weights/{folder.name}", tmp_path, Paths(tmp_path).given)
+    assert digest_of(tmp_path) == digest_of(folder)
+    with pytest.raises(ValueError, match="the folder .*/gone is not there"):
+        fetch("./gone", tmp_path, Paths(tmp_path).given)
