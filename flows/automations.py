@@ -145,7 +145,7 @@ def notifications(
             "a run stalls",
             EventTrigger(
                 after={events.RUN_PROGRESS},
-                expect={events.RUN_PROGRESS, events.events.RUN_IDLE},
+                expect={events.RUN_PROGRESS, events.RUN_IDLE},
                 match={"prefect.resource.id": events.run("*")},
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
