@@ -28,7 +28,7 @@ test: .venv/.installed ## run the tests (under 8 minutes on two cores)
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.installed ## run the tests that take longer
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n logical --maxprocesses 2 --dist loadfile
 
 check: .venv/.installed ## validate params.yaml for every stage at once
 	@$(BIN)/python -m dit.cli check && echo "params.yaml is valid"

@@ -176,13 +176,9 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stage_lock(name: str, paths: Paths) -> contextlib.AbstractContextManager[None]:
+def stage_lock(name: str, paths: Paths) -> contextlib.AbstractContextManager[int]:
     """Hold the stage's OS lock: the kernel frees it when the process dies, however it dies."""
-
-    def waiting(holder: str) -> None:
-        print(f"{name}: waiting for process {holder}, which runs this stage already")
-
-    return locks.held(paths.scratch / "lock" / name, waiting)
+    return locks.held(paths.scratch / "lock" / name, lambda line: print(f"{name}: {line}: it runs this stage already"))
 
 
 def _on_signal(number: int, frame: Any) -> None:

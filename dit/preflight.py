@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WEEK_HOURS, DAY_HOURS = 7 * 24, 24
 LARGE_BYTES = 16e9  # of latents, which lie in memory while the network trains
-ANYWAY = "start it all the same with --anyway"
+ANYWAY = "start it all the same with --anyway (a deployment: -p anyway=true)"
 RECORD = "preflight.json"  # in scratch/: what the run's last preflight said
 
 

@@ -1,6 +1,7 @@
 """Named settings: presets/NAME.yaml, each a full set or an overlay on another (`base: NAME`)."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,19 @@ def headline(name: str, folder: Path = Path("presets")) -> str:
     return (folder / f"{name}.yaml").read_text().partition("\n")[0].removeprefix("#").strip()
 
 
-def resolve(name: str, folder: Path = Path("presets")) -> dict[str, Any]:
-    """All settings of a preset, those of its base included. `name` may also be the path of a YAML file."""
+def resolve(name: str, folder: Path = Path("presets"), above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All settings of a preset, those of its base included. `name` may also be the path of a YAML file.
+
+    `above`: the presets of which it is the base.
+    """
     file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-    if not file.is_file():
+    if not os.path.isfile(file):  # not Path's, which raises for a name that is too long
         raise ValueError(f"preset {name!r} does not exist: choose one of {', '.join(names(folder))}")
     overlay = read_params(file)
     base = overlay.pop("base", None)
-    settings = resolve(base, folder) if base else {}
+    if base in (*above, name):
+        raise ValueError(f"preset {name!r} has the base {base!r}, which rests on it")
+    settings = resolve(str(base), folder, (*above, name)) if base else {}
     return {**merged(settings, overlay), "preset": file.stem}
 
 
@@ -208,8 +214,16 @@ def _set(mapping: Any, key: str, value: Any) -> None:
         old[:] = value  # in the notation that it has: [8, 16, 32] on one line
     else:
         below = _take_below(mapping, key) if key in mapping else ""
-        mapping[key] = _commented(value)
+        in_braces = hasattr(mapping, "fa") and mapping.fa.flow_style()
+        # DVC's parser does not take {vae: models:/name/3} without quotes.
+        mapping[key] = _quoted(value) if in_braces and isinstance(value, str) and ":" in value else _commented(value)
         _hang_below(mapping, key, below)
+
+
+def _quoted(value: str) -> Any:
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    return DoubleQuotedScalarString(value)
 
 
 def _commented(value: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from dit.addresses import registered
 from dit.paths import Paths
 from dit.places import OutOfReach
+from dit.reuse import cache_folder
 from dit.sources import SUFFIXES, DataConfig, read_listing
 from dit.staleness import DVC_SECONDS, dvc
 
@@ -181,9 +182,12 @@ def registered_model(spec: str, paths: Paths, setting: str = "train.init_from") 
 
 
 def room(root: Path, asked: dict[str, int], stages: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Faults and warnings where the disk of `root` has less free than the results of `stages` ask for (bytes)."""
-    wanted, free = sum(size for name, size in asked.items() if name in stages), shutil.disk_usage(root).free
-    told = f"the results take about {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {root.resolve()}"
+    """Faults and warnings where the disk of `root`, or of DVC's cache, has less free than the results of `stages` ask for
+    (bytes)."""
+    wanted, cache = sum(size for name, size in asked.items() if name in stages), cache_folder(root)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free, folder = min((shutil.disk_usage(folder).free, folder) for folder in (root, there))
+    told = f"the results take about {wanted / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {folder.resolve()}"
     if wanted > free:
         return [f"{told}: free some, or work on another disk"], []
     if 2 * wanted > free:

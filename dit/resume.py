@@ -57,8 +57,8 @@ def begun(paths: Paths, name: str, max_steps: int) -> Iterator[Work]:
         yield work
 
 
-def _waiting(holder: str) -> None:
-    print(f"train: waiting for process {holder}, which is at this training: what it finishes is taken over")
+def _waiting(line: str) -> None:
+    print(f"train: {line}: it is at this training, and what it finishes is taken over")
 
 
 def _begin(paths: Paths, name: str, max_steps: int) -> Work:

@@ -9,6 +9,7 @@ import graphlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -83,7 +84,7 @@ def run_stage(
         force: run it although nothing changed.
         pull: take from DVC's remote what its cache lacks.
         environment: set for the stage in addition.
-        hold: a file descriptor that stays open until the stage's last process is gone (a lock, see `turns`).
+        hold: a file descriptor that stays open until the stage's last process is gone (a lock, see `dit.locks`).
 
     An exception that arrives meanwhile (KeyboardInterrupt, Prefect's TerminationSignal) first ends the stage, which
     may save, and goes on once all its processes are gone. If this process is killed, they end too (see `leash`).
@@ -93,7 +94,7 @@ def run_stage(
     words = ["repro", "--single-item", *(["--force"] if force else []), *(["--pull"] if pull else []), name]
     started, clock = time.time(), time.monotonic()
     last: deque[str] = deque(maxlen=LAST_LINES)
-    skipped = False
+    skipped, unsaved = False, ""
     with subprocess.Popen(
         # Another DVC command in this checkout (a person's `dvc status`) is waited for, not failed on.
         [sys.executable, "-P", str(Path(__file__).with_name("leash.py")), *_dvc_command("--wait-for-lock", *words)],
@@ -110,6 +111,7 @@ def run_stage(
             for line in _lines(_chunks(leash.stdout)):
                 last.append(line)
                 skipped = skipped or _says_skipped(line, name)
+                unsaved = unsaved or (line if line.startswith("ERROR: failed to transfer ") else "")
                 on_line(line)
             code = leash.wait()
         except BaseException:
@@ -128,6 +130,8 @@ def run_stage(
         again = outcome.get("retry", False) if outcome else _was_killed(code, last)
         message = f"{said}\n{lines}" if said else lines or f"dvc exited with {code}"
         return StageResult(name, "lost" if again else "failed", seconds, message)
+    if unsaved:  # a full disk, say: DVC itself exits with 0, and the results would go with the worktree
+        return StageResult(name, "failed", seconds, f"not all of {name}'s results are in DVC's cache: {unsaved}")
     return StageResult(name, "cached" if skipped else "ran", seconds)
 
 
@@ -215,7 +219,8 @@ def _drain(leash: subprocess.Popen[bytes], on_line: Callable[[str], None], secon
 
 def _was_killed(code: int, last: Iterable[str]) -> bool:
     """Whether DVC or its stage was ended from outside: a stage that ends by itself tells its outcome."""
-    return code > 128 or any(re.search(r"exited with (-\d+|1(2[89]|[3-9]\d))$", line) for line in last)
+    by_signal = 128 < code < 128 + signal.NSIG  # and not DVC's own 255, which may be a person's mistake
+    return by_signal or any(re.search(r"exited with (-\d+|1(2[89]|[3-9]\d))$", line) for line in last)
 
 
 def _outcome(root: Path, name: str, since: float) -> dict[str, Any]:

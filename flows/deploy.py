@@ -34,10 +34,17 @@ def plan(root: Path) -> list[dict[str, Any]]:
         raise ValueError(f"no prefect.yaml in {root.resolve()}: run in the project's folder")
     written = read_params(file)
     found = []
-    for one in written.get("deployments") or []:
+    listed = written.get("deployments") or []
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise ValueError("prefect.yaml: deployments must be a list of sections, each with a name and so on")
+    for one in listed:
         lacking = [key for key in ("name", "entrypoint", "work_pool") if not one.get(key)]
         if lacking:
             raise ValueError(f"prefect.yaml: deployment {one.get('name', '?')} has no {', '.join(lacking)}")
+        if not (isinstance(one["name"], str) and isinstance(one["entrypoint"], str)):
+            raise ValueError(f"prefect.yaml: deployment {one['name']}: name and entrypoint must be texts")
+        if not (isinstance(one["work_pool"], dict) and one["work_pool"].get("name")):
+            raise ValueError(f"prefect.yaml: deployment {one['name']}: write its work_pool as {{name: local}}")
         found.append({"pull": written.get("pull"), **one, "flow": _flow_name(one)})
     return _with_own(found, root)
 
@@ -161,19 +168,7 @@ def deploy(root: Path, wanted: Iterable[dict[str, Any]], say: Callable[[str], No
 
 
 def _put(client: Any, one: dict[str, Any], flows: "_Flows") -> Any:
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.client.schemas.schedules import CronSchedule
-    from prefect.events import DeploymentEventTrigger
-
     flow = flows.load(one["entrypoint"])
-    schedules = [
-        DeploymentScheduleCreate(
-            schedule=CronSchedule(cron=schedule["cron"], timezone=schedule.get("timezone")),
-            active=schedule.get("active", True),
-            slug=schedule.get("slug"),
-        )
-        for schedule in one.get("schedules") or []
-    ]
     made = client.create_deployment(
         flow_id=client.create_flow_from_name(flow.name),
         name=one["name"],
@@ -187,17 +182,37 @@ def _put(client: Any, one: dict[str, Any], flows: "_Flows") -> Any:
         work_queue_name=one["work_pool"].get("work_queue_name"),
         job_variables=one["work_pool"].get("job_variables") or {},
         pull_steps=one.get("pull"),
-        schedules=schedules,
+        schedules=_schedules(one),
         paused=False,
     )
     owner = f"prefect.deployment.{made}"
-    wanted = [DeploymentEventTrigger(**trigger) for trigger in one.get("triggers") or []]
+    wanted = _triggers(one)
     if wanted or client.read_resource_related_automations(owner):
         client.delete_resource_owned_automations(owner)
     for trigger in wanted:
         trigger.set_deployment_id(made)
         client.create_automation(trigger.as_automation())
     return made
+
+
+def _schedules(one: dict[str, Any]) -> list[Any]:
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+
+    return [
+        DeploymentScheduleCreate(
+            schedule=CronSchedule(cron=schedule["cron"], timezone=schedule.get("timezone")),
+            active=schedule.get("active", True),
+            slug=schedule.get("slug"),
+        )
+        for schedule in one.get("schedules") or []
+    ]
+
+
+def _triggers(one: dict[str, Any]) -> list[Any]:
+    from prefect.events import DeploymentEventTrigger
+
+    return [DeploymentEventTrigger(**trigger) for trigger in one.get("triggers") or []]
 
 
 class _Flows:
@@ -228,7 +243,7 @@ class _Flows:
         return parameter_schema(self.load(entrypoint)).model_dump_for_openapi()
 
     def refuse(self, one: dict[str, Any]) -> None:
-        """Raise ValueError where the flow doesn't take a deployment's parameters."""
+        """Raise ValueError where the flow doesn't take a deployment's parameters, or its schedule is none."""
         flow, name = self.load(one["entrypoint"]), f"{one['flow']}/{one['name']}"
         if flow.name != one["flow"]:
             raise ValueError(f"prefect.yaml: {name}: the flow of {one['entrypoint']} is called {flow.name}")
@@ -237,6 +252,7 @@ class _Flows:
             raise ValueError(f"prefect.yaml: {name}: the flow takes no parameter {', '.join(unknown)}")
         try:
             flow.validate_parameters(parameters)
+            _schedules(one), _triggers(one)
         except Exception as error:
             raise ValueError(f"prefect.yaml: {name}: {' '.join(str(error).split())}") from None
 

@@ -39,7 +39,7 @@ def run_on_hosts(
     settings: HostSettings,
     environment: Mapping[str, str],
 ) -> tuple[pods.Status, str]:
-    """Run a stage on `hosts` hosts and wait for its end; records nothing (`dvc commit --force STAGE` does).
+    """Run a stage on `hosts` hosts and wait for its end; what is recorded of it is DVC's, whose shell asks (see `onhosts`).
 
     Args:
         on_line: gets what the main process prints, and what is being waited for.

@@ -20,7 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flows import deploy, leash, lost, servers, services, turns
+from dit import locks
+from flows import deploy, leash, lost, servers, services
 from flows.services import Service
 
 RUNS_AT_ONCE = 4  # by the local worker: some of them only wait, for runs that they have started
@@ -36,7 +37,7 @@ def up(root: Path, say: Callable[[str], None] = print) -> None:
     wanted = deploy.plan(root)
     leash.save_seconds()  # a worker hands it to its flows: refused here, not there
     began, folder = time.monotonic(), servers.folder_of(root)
-    with turns.turn(folder, "lock", "another `up` or `down`", say):
+    with locks.held(folder / "lock", say, "another `up` or `down`"):
         started: list[Service] = []
         try:
             found = servers.ensure(root, servers.NAMES, started, say)
@@ -74,7 +75,7 @@ def down(root: Path, say: Callable[[str], None] = print) -> None:
     if not folder.exists():
         say("nothing to end")
         return
-    with turns.turn(folder, "lock", "another `up` or `down`", say):
+    with locks.held(folder / "lock", say, "another `up` or `down`"):
         workers = _workers(folder)
         for worker in workers:  # first: they would start again what ends now
             lost.end_worker(folder, worker)

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 
 from flows import servers, services
+from flows.deploy import PROCESS_POOLS
 from flows.services import Service
 
-POOLS = ("local", "gpu")
 RUN_ID = "PREFECT__FLOW_RUN_ID"
 RESTARTS = 5  # of one run, whatever killed it
 AGAIN = "AwaitingRetry"  # Prefect's name of the state of what is to start again
@@ -28,7 +28,9 @@ def settle(prefect: Service, folder: Path, staffed: Set[str] = frozenset()) -> l
     `staffed` has a worker, which may be starting a run at this moment, and to which no run must come back at once: its
     crashed runs are left to the automation.
     """
-    alive = {its[RUN_ID] for its in services.marked(folder).values() if RUN_ID in its}
+    ours = services.marked(folder).items()
+    # A stage that still saves is no sign of life: nobody is there to go on with. The run that comes back waits for it.
+    alive = {its[RUN_ID] for pid, its in ours if RUN_ID in its and _is_flow(pid)}
     names = []
     for run in _runs(prefect, ("PENDING", "RUNNING", "CANCELLING")):
         kind, waits = run["state_type"], run["work_pool_name"] not in staffed
@@ -72,7 +74,7 @@ def _set(prefect: Service, run: dict[str, Any], kind: str, message: str, name: s
 
 def _runs(prefect: Service, kinds: tuple[str, ...], ids: set[str] | None = None) -> list[dict[str, Any]]:
     chosen = {"state": {"type": {"any_": list(kinds)}}} | ({"id": {"any_": sorted(ids)}} if ids is not None else {})
-    pools = {"name": {"any_": list(POOLS)}}
+    pools = {"name": {"any_": list(PROCESS_POOLS)}}
     return servers.ask(prefect, "flow_runs/filter", {"flow_runs": chosen, "work_pools": pools})
 
 
@@ -80,6 +82,14 @@ def flows(folder: Path) -> dict[int, str]:
     """The flows' own processes, those included whose worker was killed, with their runs' ids; not what they started."""
     ours = {pid: its[RUN_ID] for pid, its in services.marked(folder).items() if RUN_ID in its}
     return {pid: run for pid, run in ours.items() if _parent(pid) not in ours}
+
+
+def _is_flow(pid: int) -> bool:
+    """Whether this is the process that a worker starts for a run, and nothing below it."""
+    try:
+        return "prefect.engine" in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
 
 
 def _parent(pid: int) -> int | None:

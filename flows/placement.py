@@ -7,13 +7,16 @@ cache; for any other, what was prepared is pushed to the DVC remote, and the bra
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from httpx import TransportError
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
 from prefect.states import Cancelling, Completed, Failed, State
 
@@ -54,10 +57,20 @@ def require_remotes(place: Workplace, pool: str) -> None:
         raise ValueError(f"{wanted} their settings through a git remote: git remote add origin URL")
 
 
+def require_worker(pool: str, at: Where, anyway: bool) -> None:
+    """Raise ValueError where no worker looks after a pool, since a run handed over would wait for ever."""
+    with get_client(sync_client=True) as client:
+        found = client.read_workers_for_work_pool(pool)
+    if anyway or any(worker.status == WorkerStatus.ONLINE for worker in found):
+        return
+    way = "`dit up` starts one for each GPU that it finds" if at == "beside" else f"prefect worker start --pool {pool}"
+    raise ValueError(f"pool: no worker looks after {pool}, so what needs an accelerator would wait for ever: {way}")
+
+
 def hand_over(place: Workplace, pool: str, at: Where, force: list[str], anyway: bool) -> State:
     """Have the rest of a run done by a job of the pool, wait for its end, and end as it does.
 
-    A run that is started again finds the job that it has started. A cancelled one cancels its job. Raises ValueError.
+    A run that is started again finds the job that it has started. A cancelled one cancels it. Raises ValueError.
     """
     log = get_run_logger()
     if at == "elsewhere":
@@ -72,9 +85,7 @@ def hand_over(place: Workplace, pool: str, at: Where, force: list[str], anyway: 
         state = wait(job.id)
     except BaseException:
         if job is not None:
-            with get_client(sync_client=True) as client:
-                client.set_flow_run_state(job.id, Cancelling())
-            log.info("cancelling %r too", job.name)
+            cancel([job])
         raise
     if at == "elsewhere":
         remotes.fetch_branch(place.home, place.branch)
@@ -110,13 +121,36 @@ def start(name: str, parameters: dict):
 
 
 def wait(run_id) -> State:
-    """Wait for the end of a run, whatever it is, and for its restart where it crashed."""
+    """Wait for the end of a run, whatever it is, and for its restart where it crashed.
+
+    A server that does not answer is asked again: the run needs it as little as a training does.
+    """
     crashed = None
     with get_client(sync_client=True) as client:
         while True:
-            state = client.read_flow_run(run_id).state
+            try:
+                state = client.read_flow_run(run_id).state
+            except (TransportError, PrefectHTTPStatusError):
+                state = None
             crashed = (crashed or time.monotonic()) if state and state.is_crashed() else None
             lost = crashed is not None and time.monotonic() - crashed > COMES_BACK_SECONDS
             if state is not None and (lost or (state.is_final() and not state.is_crashed())):
                 return state
             time.sleep(ASK_EVERY_SECONDS)
+
+
+def cancel(jobs: Iterable[FlowRun]) -> None:
+    """Cancel what this run has started, since it ends before its time.
+
+    Unless it will be started again: a deployment's run that nobody cancelled (its worker or machine goes down) finds
+    its jobs then, and would find them cancelled.
+    """
+    log = get_run_logger()
+    with get_client(sync_client=True) as client:
+        own = client.read_flow_run(flow_run.id)
+        if own.deployment_id is not None and not (own.state and own.state.is_cancelling()):
+            return
+        for job in jobs:
+            if not client.read_flow_run(job.id).state.is_final():
+                client.set_flow_run_state(job.id, Cancelling())
+                log.info("cancelling %r too", job.name)

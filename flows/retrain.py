@@ -9,6 +9,7 @@ On a worker: `prefect deployment run retrain/digits`; at once after an upload: `
 """
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -24,20 +25,23 @@ from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
+from dit import locks
 from dit.config import digest, parse
 from dit.paths import Paths, write_atomic
 from dit.retraining import Changes, RetrainConfig, class_of, compare
 from dit.sources import Listing, read_listing
-from flows import events, placement, train_dit, turns, walk, workplace, worktrees
+from flows import events, placement, train_dit, walk, workplace, worktrees
 from flows.train_dit import Override, Preset
 from flows.workplace import Wanted, Workplace
+
+DECISION = "artifacts/register/model.json"
 
 
 def run_name() -> str:
     """Preset and minute: what tells one look at the data from another in a list."""
     told = flow_run.parameters
     wanted = Wanted(told.get("preset"), tuple(told.get("set") or ()), told.get("source"))
-    return " ".join([workplace.label_of(Path.cwd(), wanted), *wanted.overrides, f"{datetime.now():%d %b %H:%M:%S}"])[
+    return " ".join([workplace.preset_of(Path.cwd(), wanted), *wanted.overrides, f"{datetime.now():%d %b %H:%M:%S}"])[
         :200
     ]
 
@@ -66,11 +70,11 @@ def retrain(
     log, home = get_run_logger(), Path.cwd()
     wanted = Wanted(preset, tuple(set or ()), source)
     queue = home / "scratch" / "lock" / f"retrain-next-{digest(wanted, min_new_images)}"
-    if not turns.free(queue):
+    if not locks.free(queue):
         return Completed(name="AlreadyQueued", message="a run that asks the same waits already, and will look then")
     try:
         with ExitStack() as queued:
-            queued.enter_context(turns.turn(queue.parent, queue.name, f"retrain run {flow_run.name!r}", log.info))
+            queued.enter_context(locks.held(queue, log.info, f"retrain run {flow_run.name!r}"))
             run_id, how = str(flow_run.id), {"purpose": "retrain", "push": push, "key": _turn}
             with workplace.opened(home, run_id, wanted, log.info, **how) as place:
                 queued.close()
@@ -79,12 +83,13 @@ def retrain(
                     changes = state
                     begin(place, {text.partition("=")[0].strip() for text in wanted.overrides})
                     at = placement.where(pool, home)
-                    state = train_dit.work(place, [], anyway, pool, at, title="retrain")
+                    state = train_dit.work(place, [], anyway, pool, at, title="retrain", done={"scan"})
         if changes is None:
-            worktrees.git(home, "branch", "-q", "-D", place.branch)  # there is nothing on it
+            if not worktrees.is_success(home, place.branch):  # as of a run that was killed at its very end
+                worktrees.git(home, "branch", "-q", "-D", place.branch)  # there is nothing on it
         elif state is None:
             state = placement.hand_over(place, pool, at, [], anyway)
-        if changes is not None and state.is_completed():
+        if changes and state.is_completed():
             events.emit(events.DATA_NEW, events.dataset(place.dataset), _counts(changes))
         return state
     except ValueError as error:
@@ -94,6 +99,7 @@ def retrain(
 def look(place: Workplace, least: int | None = None) -> Changes | State:
     """What there is to learn; or the state in which the run ends: NothingNew, or that of a scan that failed.
 
+    Nothing new goes on all the same where the last model still waits for the registry: all but `register` is cached.
     `least` stands in the place of retrain.min_new_images.
     """
     config = config_of(place.params)
@@ -108,6 +114,9 @@ def look(place: Workplace, least: int | None = None) -> Changes | State:
     place.say(line)
     publish(place, changes, now, line)
     if changes.total >= config.min_new_images:
+        return changes
+    if since and not changes and (reason := undecided(place, since)):
+        place.say(f"that run's model waits for the registry's decision, so it is asked again. {reason}")
         return changes
     enough = f"; retrain.min_new_images is {config.min_new_images}" if changes.total else ""
     return Completed(name="NothingNew", message=f"{line}{enough}")
@@ -148,20 +157,27 @@ def begin(place: Workplace, decided: Set[str]) -> None:
     that were asked for) stays. Raises ValueError where MLflow can't say who the champion is.
     """
     name = str((place.params.get("register") or {}).get("model_name"))
-    if (number := champion(Paths(place.root), name)) is None:
+    wanted = []
+    if (place.params.get("vae") or {}).get("pretrained") is None and "vae.pretrained" not in decided:
+        wanted.append("vae.pretrained")
+    if config_of(place.params).start_from == "champion" and "train.init_from" not in decided:
+        wanted.append("train.init_from")
+    if not wanted:
+        place.say(f"nothing is taken of the champion of {name}")
+        return
+    try:
+        number = champion(Paths(place.root), name)
+    except ValueError as error:
+        raise ValueError(f"{error}: run again when it answers, or set {' and '.join(wanted)} (null: none)") from None
+    if number is None:
         place.say(f"there is no champion of {name} yet: training starts as train.init_from says")
         return
-    address, wanted = f"models:/{name}/{number}", []
-    if (place.params.get("vae") or {}).get("pretrained") is None and "vae.pretrained" not in decided:
-        wanted.append(f"vae.pretrained={address}")
-    if config_of(place.params).start_from == "champion" and "train.init_from" not in decided:
-        wanted.append(f"train.init_from={address}")
-    place.say(f"of the champion, {name} version {number}: {', '.join(wanted) or 'nothing is taken'}")
-    if wanted:
-        from dit import registry
+    taken = [f"{setting}=models:/{name}/{number}" for setting in wanted]
+    place.say(f"of the champion, {name} version {number}: {', '.join(taken)}")
+    from dit import registry
 
-        registry.download(Paths(place.root), name, number, part="vae")  # the preflight reads its size
-        place.set(wanted)
+    registry.download(Paths(place.root), name, number, part="vae")  # the preflight reads its size
+    place.set(taken)
 
 
 def champion(paths: Paths, name: str) -> int | None:
@@ -173,10 +189,20 @@ def champion(paths: Paths, name: str) -> int | None:
         with store.translated():
             return Registry(tracking.connect(paths), name, paths.scratch / "register").aliases().get("champion")
     except store.Unreachable as error:
-        raise ValueError(
-            f"the champion of {name} could not be asked of MLflow ({error}): run again when it answers, "
-            "or set retrain.start_from: scratch"
-        ) from None
+        raise ValueError(f"the champion of {name} could not be asked of MLflow ({error})") from None
+
+
+def undecided(place: Workplace, commit: str) -> str:
+    """Why the registry has not decided on what that run made: MLflow or the champion was out of reach; "" if it has."""
+    if "register" not in worktrees.lock_at(place.home, commit).get("stages", {}):
+        return ""
+    file = place.root / "scratch" / "decision.json"
+    worktrees.dvc(place.root, "get", str(place.home), DECISION, "--rev", commit, "--force", "-o", str(file))
+    try:
+        told = json.loads(file.read_text())
+        return "" if told["decision"] in ("champion", "challenger") else " ".join(told["reasons"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def listing_of(place: Workplace, commit: str | None) -> Listing | None:
@@ -254,7 +280,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     told["set"] = told["set"] or None
 
     def check() -> None:  # before a server is started
-        workplace.refuse(Path.cwd(), Wanted(told["preset"]))
+        workplace.refuse(Path.cwd(), Wanted(told["preset"], tuple(told["set"] or ()), told["source"]))
 
     return train_dit.in_this_process(lambda: retrain(**told, return_state=True), check, "retrain")
 

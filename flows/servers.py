@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows import services, turns
+from dit import locks
+from flows import services
 from flows.services import Service
 
 NAMES = ("prefect", "mlflow")
@@ -50,7 +51,7 @@ def ensure(
     if ports:
         say(f"starting {' and '.join(f'{name} on port {port}' for name, port in ports.items())} ...")
     # A stage that sets up the same fresh database at this moment holds this lock.
-    database = turns.turn(root / "scratch" / "lock", "mlflow", "the start of MLflow's server", say)
+    database = locks.held(root / "scratch" / "lock" / "mlflow", say, "the start of MLflow's server")
     with database if "mlflow" in ports else contextlib.nullcontext():
         for name, port in ports.items():
             its_environment = environment(root, {name: Service(name, 0, 0, port)})
@@ -119,7 +120,7 @@ def for_this_process(root: Path, configured: str | None, say: Callable[[str], No
     folder = folder_of(root)
     if configured and configured != pointer(root):
         return {}
-    with turns.turn(folder, "lock", "another `up` or `down`", say):
+    with locks.held(folder / "lock", say, "another `up` or `down`"):
         started: list[Service] = []
         try:
             servers = ensure(root, ("prefect",), started, say)

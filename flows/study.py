@@ -20,7 +20,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelling, Completed, Failed, State
+from prefect.states import Completed, Failed, State
 
 from flows import dag, findings, placement, train_dit, walk, workplace, worktrees
 from flows.findings import Finding
@@ -132,7 +132,7 @@ def workers_wait() -> bool:
 
 
 def on_workers(wanted: Mapping[str, Wanted], how: Mapping[str, Any]) -> Iterable[tuple[str, tuple[str, State]]]:
-    """Start all variants, and yield name, run and final state of each. If this run is ended, so are they."""
+    """Start all variants, and yield name, run and final state of each. If this run is cancelled, so are they."""
     log, jobs = get_run_logger(), {}
     try:
         for name, one in wanted.items():
@@ -142,10 +142,7 @@ def on_workers(wanted: Mapping[str, Wanted], how: Mapping[str, Any]) -> Iterable
         for name, job in jobs.items():
             yield name, (str(job.id), placement.wait(job.id))
     except BaseException:
-        with get_client(sync_client=True) as client:
-            for job in jobs.values():
-                if not client.read_flow_run(job.id).state.is_final():
-                    client.set_flow_run_state(job.id, Cancelling())
+        placement.cancel(jobs.values())
         raise
 
 

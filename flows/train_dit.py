@@ -5,14 +5,17 @@ On a worker: `prefect deployment run train-dit/digits --watch` (see `flows.local
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
+from prefect.exceptions import FailedRun
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from pydantic import Field
@@ -30,14 +33,24 @@ PREPARE = ("scan", "shard")  # what needs no accelerator, and tells how much the
 # What Prefect's form offers, and its server accepts.
 Preset = Literal[tuple(presets.names(CHECKOUT / "presets"))]
 Stage = Literal[tuple(read_params(CHECKOUT / "dvc.yaml")["stages"])]
-Override = Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_0-9]+)+=[\s\S]+$", examples=["train.max_steps=1000"])]
+Override = Annotated[str, Field(pattern=r"^\w+(\.\w+)+=(.|\n)+$", examples=["train.max_steps=1000"])]
+
+
+class _Told(logging.Filter):
+    """Keeps Prefect from adding a traceback, of its own code, to a run that ended as Failed and has said why."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], FailedRun))
+
+
+logging.getLogger("prefect.engine").addFilter(_Told())
 
 
 def run_name() -> str:
     """Preset, what is set beside it, and the minute: what tells one run from another in a list."""
     told = flow_run.parameters
     wanted = Wanted(told.get("preset"), tuple(told.get("set") or ()), told.get("source"))
-    label = (told.get("branch") or "").removeprefix("runs/") or workplace.label_of(Path.cwd(), wanted)
+    label = (told.get("branch") or "").removeprefix("runs/") or workplace.preset_of(Path.cwd(), wanted)
     return " ".join([label, *wanted.overrides, f"{datetime.now():%d %b %H:%M:%S}"])[:200]
 
 
@@ -75,7 +88,8 @@ def train_dit(
         with workplace.opened(Path.cwd(), str(flow_run.id), wanted, log.info, push=push, branch=branch) as place:
             at = placement.where(pool, place.home)
             state = work(place, force or [], anyway, pool, at)
-        return placement.hand_over(place, pool, at, force or [], anyway) if state is None else state
+        rest = [name for name in force or [] if name not in PREPARE]
+        return placement.hand_over(place, pool, at, rest, anyway) if state is None else state
     except ValueError as error:
         return Failed(message=str(error))  # raised, it would be told with a traceback
 
@@ -87,13 +101,17 @@ def work(
     pool: str | None = None,
     at: placement.Where = "here",
     title: str = "train-dit",
+    done: Collection[str] = (),
 ) -> State | None:
-    """All stages; or, where an accelerator is on another pool and is needed, those that need none: then None.
+    """All stages but those `done` already; or, where an accelerator is on another pool and is needed, those that need
+    none: then None.
 
     Raises ValueError for what a person has to change.
     """
     log = get_run_logger()
-    stages = plan(place.root, force)
+    stages = [name for name in plan(place.root, force) if name not in done]
+    if at != "here":
+        placement.require_worker(pool, at, anyway)
     if at == "elsewhere":
         placement.require_remotes(place, pool)
     device, states = placement.device_of(pool), {}

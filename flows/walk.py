@@ -69,14 +69,19 @@ def run_stage(name: str, place: Workplace, force: bool) -> State:
 def walk(place: Workplace, stages: Sequence[str], force: Iterable[str] = ()) -> dict[str, State]:
     """Bring these stages up to date, in their order; returns their states.
 
-    Raises Stopped at the first that does not complete, whatever was tried.
+    A stage is forced once: a run that is started again does not begin anew what it has finished. Raises Stopped at the
+    first that does not complete, whatever was tried.
     """
-    tries = _retries(place.params)
+    tries, forced = _retries(place.params), place.root / "scratch" / "forced"
     states: dict[str, State] = {}
     for name in stages:
-        states[name] = run_stage.with_options(**tries)(name, place, name in force, return_state=True)
+        afresh = name in force and not (forced / name).exists()
+        states[name] = run_stage.with_options(**tries)(name, place, afresh, return_state=True)
         if not states[name].is_completed():
             raise Stopped(name, states)
+        if afresh:
+            forced.mkdir(parents=True, exist_ok=True)
+            (forced / name).touch()
     return states
 
 

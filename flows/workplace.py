@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit import presets
+from dit import locks, presets
 from dit.config import digest, read_params
-from flows import leash, remotes, turns, worktrees
+from flows import leash, remotes, worktrees
 from flows.worktrees import Worktree
 
 UNDECIDING = ("preset", "run", "retrain")  # sections of params.yaml that change no result
@@ -123,10 +123,10 @@ def opened(
         if branch
         else worktrees.describe(home, run_id, label_of(home, wanted))
     )
-    locks = home / "scratch" / "lock"
+    folder = home / "scratch" / "lock"
     with ExitStack() as held:
         hold = held.enter_context(
-            turns.turn(locks, worktrees.lock_name(tree.root.name), f"an earlier attempt of run {tree.id}", say)
+            locks.held(folder / worktrees.lock_name(tree.root.name), say, f"an earlier attempt of run {tree.id}")
         )
         if changed := worktrees.uncommitted(home):
             more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -140,7 +140,7 @@ def opened(
                 _settle(place, wanted)
             place.set([])
             which = key(place.params) if key else digest(_deciding(place.params))
-            held.enter_context(turns.turn(locks, f"run-{which}", f"{purpose} run {tree.label}-{tree.id}", say))
+            held.enter_context(locks.held(folder / f"run-{which}", say, f"{purpose} run {tree.label}-{tree.id}"))
             _bring_history(place)
             yield place
         except Exception:
@@ -162,7 +162,13 @@ def refuse(home: Path, wanted: Wanted) -> None:
 
 
 def label_of(home: Path, wanted: Wanted) -> str:
-    """What a run is called: its preset."""
+    """What a run's branch is called, and whose success it is: its preset, or `<preset>-set` where settings or images were
+    put in the preset's place. So a trial does not make new images old for the preset's own retraining."""
+    return preset_of(home, wanted) + ("-set" if wanted.overrides else "")
+
+
+def preset_of(home: Path, wanted: Wanted) -> str:
+    """The preset's name; params.yaml's where none is asked for."""
     if wanted.preset:
         return Path(wanted.preset).stem
     try:
@@ -188,8 +194,11 @@ def _bring_history(place: Workplace) -> None:
     """The dataset's last successful listing, from which images keep their shards, unless the run has gone further."""
     if (place.root / worktrees.LISTING).exists():
         return
+    if place.continued and worktrees.bring_listing(place.tree, place.branch):
+        return
     remotes.fetch_history(place.home)
-    worktrees.bring_listing(place.tree, worktrees.last_success(place.home, place.dataset))
+    own = worktrees.last_success(place.home, place.dataset, place.label)
+    worktrees.bring_listing(place.tree, own or worktrees.last_success(place.home, place.dataset))
 
 
 def _deciding(params: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from dit import locks
 from dit.config import read_params
 from dit.paths import write_atomic
 from dit.reuse import cache_folder
-from flows import turns
 from flows.dag import dvc_environment
 
 LISTING = "artifacts/scan/listing.json"
@@ -57,8 +57,9 @@ def open_worktree(tree: Worktree, start: str = "HEAD") -> None:
     Raises ValueError where there is no such commit.
     """
     if _git(tree.home, "rev-parse", "-q", "--verify", f"{start}^{{commit}}", check=False) is None:
+        begin = "" if _git(tree.home, "rev-parse", "--git-dir", check=False) else "git init && "
         raise ValueError(
-            f"git knows no commit {start} here, and a run works on what is committed: git add -A && git commit"
+            f"git knows no commit {start} here, and a run works on what is committed: {begin}git add -A && git commit"
         )
     if not _is_worktree(tree.root):
         shutil.rmtree(tree.root, ignore_errors=True)  # half made: its maker was killed
@@ -66,6 +67,8 @@ def open_worktree(tree: Worktree, start: str = "HEAD") -> None:
         known = _git(tree.home, "rev-parse", "-q", "--verify", f"refs/heads/{tree.branch}", check=False)
         where = [str(tree.root), tree.branch] if known else ["-b", tree.branch, str(tree.root), start]
         _git(tree.home, "worktree", "add", "-q", *where)
+    # Left by a git that was killed; whoever opens a worktree holds its lock, so no other git is at work in it.
+    (Path(str(_git(tree.root, "rev-parse", "--absolute-git-dir"))) / "index.lock").unlink(missing_ok=True)
     (tree.root / "scratch").mkdir(exist_ok=True)
     write_atomic(tree.root / "scratch" / "home", f"{tree.home}\n".encode())
     _share_cache(tree)
@@ -94,8 +97,9 @@ def sweep(home: Path) -> list[str]:
     swept = []
     for folder in sorted((home / "scratch" / "worktrees").glob("*")):
         lock = home / "scratch" / "lock" / lock_name(folder.name)
-        last = max((file.stat().st_mtime for file in (folder, lock) if file.exists()), default=0)
-        if time.time() - last > ABANDONED_SECONDS and turns.free(lock):
+        signs = (folder, folder / "scratch", lock)  # while a stage works, it writes its progress into scratch/
+        last = max((file.stat().st_mtime for file in signs if file.exists()), default=0)
+        if time.time() - last > ABANDONED_SECONDS and locks.free(lock):
             close(Worktree(folder, home, "", "", ""))
             swept.append(folder.name)
     return swept
@@ -127,6 +131,11 @@ def last_success(home: Path, dataset: str, label: str | None = None) -> str | No
 def mark_success(tree: Worktree, dataset: str, label: str) -> None:
     """Remember the worktree's commit as the last success of a label on a dataset."""
     _git(tree.root, "update-ref", f"refs/dit/last/{dataset}/{label}", "HEAD")
+
+
+def is_success(home: Path, branch: str) -> bool:
+    """Whether a branch is at the last success of some label."""
+    return bool(_git(home, "for-each-ref", "--points-at", branch, "refs/dit/last/", check=False))
 
 
 def lock_at(home: Path, commit: str) -> dict:
@@ -166,12 +175,7 @@ def adopt(home: Path, run: str) -> list[str]:
     branch = _branch_of(home, run)
     if not lock_at(home, branch):
         raise ValueError(f"the run of branch {branch} has no result yet: no stage of it was finished")
-    said = []
-    params = home / "params.yaml"
-    if params.exists() and _git(home, "diff", "--quiet", "HEAD", "--", "params.yaml", check=False) is None:
-        kept = home / "scratch" / f"params.before-{branch.replace('/', '-')}.{datetime.now():%Y%m%d-%H%M%S}.yaml"
-        write_atomic(kept, params.read_bytes())
-        said.append(f"params.yaml as it was, with changes that were not committed, is kept as {kept.relative_to(home)}")
+    said = [line for name in _OURS if (line := _keep_copy(home, name, branch))]
     theirs = [name for name in _OURS if _git(home, "cat-file", "-e", f"{branch}:{name}", check=False) is not None]
     _git(home, "checkout", branch, "--", *theirs)
     done = dvc(home, "checkout")
@@ -186,6 +190,18 @@ def adopt(home: Path, run: str) -> list[str]:
     if _git(home, "diff", "--quiet", branch, "--", "dit", "dvc.yaml", check=False) is None:
         said.append("the code here is not the run's: `dvc status` shows what it would make anew")
     return said
+
+
+def _keep_copy(home: Path, name: str, branch: str) -> str:
+    """Copy a file that is in no commit to scratch/ before a branch's takes its place; returns what to say of it."""
+    file = home / name
+    known = [_git(home, "rev-parse", "-q", "--verify", f"{commit}:{name}", check=False) for commit in ("HEAD", branch)]
+    if not file.exists() or _git(home, "hash-object", name) in known:
+        return ""
+    stem, _, suffix = name.rpartition(".")
+    kept = home / "scratch" / f"{stem}.before-{branch.replace('/', '-')}.{datetime.now():%Y%m%d-%H%M%S}.{suffix}"
+    write_atomic(kept, file.read_bytes())
+    return f"{name} as it was, in no commit, is kept as {kept.relative_to(home)}"
 
 
 def dvc(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -219,9 +235,10 @@ def _is_worktree(folder: Path) -> bool:
 
 
 def _share_cache(tree: Worktree) -> None:
-    """Write .dvc/config.local: HOME's, with its cache and its remotes on this disk by their absolute paths.
+    """Write .dvc/config.local: HOME's, with its cache and its remotes, those on this disk by their absolute paths.
 
-    Without it a worktree has an empty cache of its own, and a relative remote would lie inside of it.
+    Without it a worktree has an empty cache of its own, a relative remote would lie inside of it, and one that is not
+    committed yet would not be there: what a run made would stay on this machine without a word.
     """
     own = tree.home / ".dvc"
     if not own.is_dir():
@@ -236,10 +253,14 @@ def _share_cache(tree: Worktree) -> None:
     if (own / "config.local").is_file():
         local.read_string((own / "config.local").read_text())
     changed = {"cache": {"dir": str(cache_folder(tree.home).parents[1].resolve())}}
+    if chosen := config.get("core", "remote", fallback=""):
+        changed["core"] = {"remote": chosen}
     for section in config.sections():
-        url = config.get(section, "url", fallback="").strip().strip("'\"")
-        if section.strip("'").startswith("remote ") and url and "://" not in url and not os.path.isabs(url):
-            changed[section] = {"url": str((own / url).resolve())}
+        if section.strip("'").startswith("remote "):
+            changed[section] = dict(config.items(section))
+            url = changed[section].get("url", "").strip().strip("'\"")
+            if url and "://" not in url and not os.path.isabs(url):
+                changed[section]["url"] = str((own / url).resolve())
     for section, values in changed.items():
         if not local.has_section(section):
             local.add_section(section)

@@ -12,15 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_pipeline import REPOSITORY, processes_in, tell, train_started, until
 
-from flows import dag, turns
+from dit import locks
+from flows import dag
 
 toy, toy_template = toy_pipeline.toy, toy_pipeline.toy_template
 
 WALKER = """
 import sys
 from pathlib import Path
-from flows import dag, turns
-with turns.turn(Path("scratch/lock"), "flow", "the first walker", print) as hold:
+from dit import locks
+from flows import dag
+with locks.held(Path("scratch/lock/flow"), print, "the first walker") as hold:
     print(dag.run_stage("train", Path("."), lambda line: print(line, flush=True), hold=hold).status, flush=True)
 """
 
@@ -83,6 +85,14 @@ def test_a_failure_tells_the_stages_own_message_and_its_last_lines(scanned):
     assert "last words of train.py" in result.message and "exited with 1" in result.message
 
 
+def test_results_that_do_not_get_into_the_cache_are_no_success(scanned, monkeypatch):
+    said = "ERROR: failed to transfer '1dca' - [Errno 28] No space left on device: 'a' -> 'b'"
+    dvc = [sys.executable, "-c", f"print({said!r}); print('Updating lock file')"]  # of a folder it says so, and exits 0
+    monkeypatch.setattr(dag, "_dvc_command", lambda *words: dvc)
+    result, _ = walk(scanned)
+    assert (result.status, result.message) == ("failed", f"not all of train's results are in DVC's cache: {said}")
+
+
 def test_an_outcome_file_of_an_earlier_run_is_not_believed(scanned):
     tell(scanned, fail="an old message")
     walk(scanned)
@@ -143,7 +153,7 @@ def test_the_next_run_waits_for_a_stage_that_still_saves(scanned):
     walker.kill()
     walker.communicate()
     said = []
-    with turns.turn(scanned / "scratch" / "lock", "flow", "the second", said.append):
+    with locks.held(scanned / "scratch" / "lock" / "flow", said.append, "the second"):
         assert (scanned / "scratch" / "saved").exists()
         assert f"the first walker (process {walker.pid}" in said[0]
     tell(scanned)

@@ -91,6 +91,9 @@ def test_the_flows_take_the_parameters_of_their_deployments():
         ({"entrypoint": "flows/train_dit.py:train_dot"}, "flows/train_dit.py:train_dot can't be loaded"),
         ({"entrypoint": "flows/nothing.py:train_dit"}, "flows/nothing.py:train_dit can't be loaded"),
         ({"entrypoint": ""}, "deployment any has no entrypoint"),
+        ({"entrypoint": 5}, "deployment any: name and entrypoint must be texts"),
+        ({"work_pool": "local"}, "deployment any: write its work_pool as {name: local}"),
+        ({"schedules": [{"cron": "x y"}]}, "train-dit/any: .*cron"),
     ],
 )
 def test_a_deployment_that_its_flow_would_refuse_is_refused_before(checkout, change, message):
@@ -100,6 +103,13 @@ def test_a_deployment_that_its_flow_would_refuse_is_refused_before(checkout, cha
         for one in deploy.plan(checkout):
             flows.refuse(one)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["deployments: 5", "deployments: [x]", "deployments: {any: {name: any}}"])
+def test_deployments_of_another_form_are_a_line(tmp_path, text):
+    (tmp_path / "prefect.yaml").write_text(text)
+    with pytest.raises(ValueError, match="^prefect.yaml: deployments must be a list of sections"):
+        deploy.plan(tmp_path)
 
 
 def test_the_variants_of_the_studies_are_settings_that_exist(tmp_path):

@@ -140,7 +140,7 @@ def test_one_at_a_time_and_the_lock_dies_with_its_holder(toy):
     second = start("work")
     assert (
         second.stdout.readline()
-        == f"toy: waiting for process {first.pid} on {os.uname().nodename} (in {folder}), which runs this stage already\n"
+        == f"toy: waiting for process {first.pid} on {os.uname().nodename} (in {folder}), 0 s so far: it runs this stage already\n"
     )
     time.sleep(0.3)
     assert second.poll() is None and not (folder / "artifacts").exists()

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import toy_pipeline
+from prefect import flow
 from toy_pipeline import REPOSITORY, processes_in, tell, train_started, until
 
 from flows import worktrees
+from flows.workplace import Wanted
 
 toy, toy_template = toy_pipeline.toy, toy_pipeline.toy_template
 
@@ -69,6 +71,24 @@ def test_one_task_a_stage_all_cached_the_second_time_and_forced_if_asked(run, to
     assert [name for name, _ in tasks.values()] == ["Cached", "Completed", "Cached"]
 
 
+def test_a_run_that_starts_again_forces_only_what_it_had_not_finished(run, toy):
+    """As when its process was killed in the last stage: the worktree is still there."""
+    from flows import walk, workplace
+
+    @flow(name="killed", persist_result=False)
+    def killed(go_on):
+        with workplace.opened(toy, "0123456789", Wanted(), print) as place:
+            states = walk.walk(place, ["scan", "train"], ["train", "report"])
+            if not go_on:
+                raise KeyboardInterrupt
+            return {name: state.name for name, state in (states | walk.walk(place, ["report"], ["report"])).items()}
+
+    with pytest.raises(KeyboardInterrupt):
+        killed(False)
+    assert killed(True) == {"scan": "Cached", "train": "Cached", "report": "Completed"}
+    assert (toy / "scratch" / "tries").read_text() == "1"
+
+
 def test_a_run_works_in_a_worktree_and_its_result_is_adopted(run, toy):
     before = contents(toy, own=("scratch", ".git", ".dvc"))
     state, _, flow_run = run(preset="smoke", set=["train.max_steps=2"])
@@ -76,7 +96,7 @@ def test_a_run_works_in_a_worktree_and_its_result_is_adopted(run, toy):
     assert contents(toy, own=("scratch", ".git", ".dvc")) == before and not list(toy.glob("scratch/worktrees/*"))
     assert flow_run.name.startswith("smoke train.max_steps=2 ")
     said = worktrees.adopt(toy, str(flow_run.id))
-    assert f"runs/smoke/{str(flow_run.id)[:8]}" in said[0]
+    assert f"runs/smoke-set/{str(flow_run.id)[:8]}" in said[0]
     assert "preset: smoke" in (toy / "params.yaml").read_text() and (toy / "model").read_text() == "weights"
     assert "max_steps: 2  # a comment to keep" in (toy / "params.yaml").read_text()
 
@@ -96,12 +116,16 @@ def test_a_stage_that_fails_twice_for_a_reason_that_passes_is_tried_again(run, t
     state, tasks, _ = run()
     assert state.is_completed(), state.message
     assert tasks["train"][0] == "Completed" and (toy / "scratch" / "tries").read_text() == "3"
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_however_often_it_is_tried_is_lost(run, toy):
     tell(toy, fail_times=9)
-    state, tasks, _ = run(force=["train"])
+    state, tasks, _ = run()
     assert state.is_failed() and state.name == "Lost" and (toy / "scratch" / "tries").read_text() == "3"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_stage_that_is_ended_from_outside_is_started_again(run, toy, number):
     tell(toy, seconds=4)
     environment = {**os.environ, "SIGNAL": str(int(number))}
@@ -175,7 +199,9 @@ def test_bad_input_at_the_terminal_is_one_line_and_changes_nothing(toy, tmp_path
     assert contents(toy) == before  # and no server was started: the checkout holds no record of one
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_run_in_a_process_of_its_own_ends_with_all_it_started(server, toy, number):
     from prefect.settings import get_current_settings
 
@@ -189,6 +215,7 @@ def test_a_run_in_a_process_of_its_own_ends_with_all_it_started(server, toy, num
     assert (toy / "scratch" / "saved").exists()
 
 
+@pytest.mark.slow
 def test_the_exit_code_tells_how_it_went(server, toy):
     from prefect.settings import get_current_settings
 

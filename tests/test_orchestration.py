@@ -3,6 +3,7 @@
 The servers, the worker, the bucket (moto's server) and every signal are real.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -12,20 +13,19 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import urllib.request
 
 import checkout
 import psutil
 import pytest
-from test_pipeline import until
+from test_pipeline import lengthen, states
 from test_services import free_port
-from toy_pipeline import processes_in
+from toy_pipeline import processes_in, until
 
 from dit.check import STAGES
 from flows import dag, servers, services, worktrees
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PREFECT = os.path.join(os.path.dirname(sys.executable), "prefect")
 EVERY_TIME = {"scan", "register"}
 
@@ -205,31 +205,20 @@ def micro(local):
     return local.start("train-dit/any", 'preset="micro"')
 
 
-LONG = ['preset="micro"', 'set=["train.max_steps=1500", "run.checkpoint_every_steps=100", "run.preview_every_steps=0"]']
+# Long enough to be disturbed; its stages are tried again at once.
+LONG = [
+    'preset="micro"',
+    'set=["train.max_steps=6000", "run.checkpoint_every_steps=200", "run.preview_every_steps=0", "run.retry_seconds=0.5"]',
+]
 
 
-def long(seed):
-    """A training that lasts long enough to be disturbed, of its own seed."""
-    return [LONG[0], LONG[1].replace("[", f'["train.seed={seed}", ')]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(local, micro, tmp_path_factory):
-    """What a training gives that nobody disturbs, by its seed: made in a clone that shares nothing."""
-
-    def weights(seed):
-        clone = tmp_path_factory.mktemp("clone") / "it"
-        checkout.run(local.root, "git", "clone", "-q", str(local.root), str(clone))
-        checkout.run(clone, sys.executable, "-m", "dit.cli", "preset", "micro")
-        params = clone / "params.yaml"
-        text = params.read_text().replace("max_steps: 12 ", "max_steps: 1500 ")
-        text = text.replace("checkpoint_every_steps: 5 ", "checkpoint_every_steps: 100 ")
-        head, section = text.split("\ntrain:\n")
-        params.write_text(head + "\ntrain:\n" + section.replace("seed: 0 ", f"seed: {seed} ", 1))
-        checkout.repro(clone, "train")
-        return (clone / "artifacts" / "train" / "model.safetensors").read_bytes()
-
-    return weights
+def undisturbed(root, clone):
+    """The weights of the long training that nobody disturbs: made in a clone that shares nothing."""
+    checkout.run(root, "git", "clone", "-q", str(root), str(clone))
+    checkout.run(clone, sys.executable, "-m", "dit.cli", "preset", "micro")
+    lengthen(clone, 6000)
+    checkout.repro(clone, "train")
+    return (clone / "artifacts" / "train" / "model.safetensors").read_bytes()
 
 
 def test_a_deployment_runs_all_stages_and_then_finds_all_cached(local, micro):
@@ -243,9 +232,7 @@ def test_a_deployment_runs_all_stages_and_then_finds_all_cached(local, micro):
     assert "dit adopt" in run["state"]["message"]
     said = local.dit("adopt", micro[:8])
     assert f"runs/micro/{micro[:8]}" in said and (local.root / "artifacts" / "report" / "index.html").exists()
-    checkout.run(local.root, "git", "checkout", "-q", "HEAD", "--", "params.yaml")
-    checkout.run(local.root, "git", "rm", "-q", "--cached", "--ignore-unmatch", "dvc.lock")
-    (local.root / "dvc.lock").unlink()
+    restore(local.root)
 
 
 def test_what_the_server_can_see_to_be_wrong_is_refused_at_once(local):
@@ -267,51 +254,111 @@ def test_two_settings_run_at_once_and_the_same_twice_take_turns(local, micro):
     assert "waiting for train-dit run other-" in local.logs(second)
 
 
-def test_a_cancelled_training_saves_ends_everything_and_goes_on_in_the_next_run(local, micro, undisturbed):
+def test_a_training_that_is_cancelled_and_killed_in_every_way_ends_as_if_nothing_had_happened(local, micro, tmp_path):
     local.completed(micro)
-    number = local.start("train-dit/any", *long(1))
-    until(lambda: local.stage("train"), 120)
-    until(lambda: list((local.root / "scratch" / "train").glob("*/state-*")), 60)
-    local.do(PREFECT, "flow-run", "cancel", number)
-    run, _ = local.finished(number, 60)
-    assert run["state_type"] == "CANCELLED"
-    until(lambda: not local.stage("train") and local.flow(number) is None, 30)
-    again = local.start("train-dit/any", *long(1))
-    local.completed(again)
-    assert "going on at step" in local.logs(again)
-    assert local.result(again, "train/model.safetensors", text=False) == undisturbed(1)
-
-
-@pytest.mark.parametrize("victim", ["stage", "dvc", "flow", "worker"])
-def test_whatever_is_killed_the_run_completes_as_if_nothing_had_happened(local, micro, undisturbed, victim):
-    local.completed(micro)
-    seed = {"stage": 2, "dvc": 3, "flow": 4, "worker": 5}[victim]
-    number = local.start("train-dit/any", *long(seed))
-    [stage, *_] = until(lambda: local.stage("train"), 120)
-    until(lambda: "step 100" in local.logs(number) or "going on" in local.logs(number) or time.sleep(0.5), 60)
-    if victim == "stage":
-        stage.kill()
-    elif victim == "dvc":
-        next(one for one in stage.parents() if "dvc" in one.cmdline()[:4]).kill()
-    elif victim == "flow":
-        os.kill(local.flow(number), signal.SIGKILL)
-    else:
-        worker = services.find(local.folder, "worker-local")
-        os.kill(worker.pid, signal.SIGKILL)
-        assert "worker-local" in local.dit("status", code=1)
-        local.dit("up")
     most = 0
 
-    def over():
-        nonlocal most
-        most = max(most, len(local.stage("train")))
-        return local.run(number)["state_type"] in ("COMPLETED", "FAILED", "CANCELLED")
+    def goes_on(run):
+        """Wait until the training has come further than it was."""
+        before = states(local.root)
 
-    until(over, 240)
-    run, tasks = local.completed(number)
-    assert most <= 1 and tasks["train"] == "Completed"
-    assert local.result(number, "train/model.safetensors", text=False) == undisturbed(seed)
+        def further():
+            nonlocal most
+            most = max(most, len(local.stage("train")))
+            assert local.run(run)["state_type"] not in ("COMPLETED", "FAILED"), local.logs(run)[-3000:]
+            return local.stage("train") and states(local.root) - before
+
+        until(further, 300)
+        return local.stage("train")[0]
+
+    first = local.start("train-dit/any", *LONG)
+    goes_on(first)
+    local.do(PREFECT, "flow-run", "cancel", first)
+    run, _ = local.finished(first, 60)
+    assert run["state_type"] == "CANCELLED"
+    until(lambda: not local.stage("train") and local.flow(first) is None, 30)
+
+    number = local.start("train-dit/any", *LONG)
+    goes_on(number).kill()
+    stage = goes_on(number)
+    next(one for one in stage.parents() if "dvc" in one.cmdline()[:4]).kill()
+    goes_on(number)
+    os.kill(local.flow(number), signal.SIGKILL)
+    goes_on(number)
+    worker = services.find(local.folder, "worker-local")
+    os.kill(worker.pid, signal.SIGKILL)  # its flow goes on by itself
+    assert "worker-local  does not run" in local.dit("status", code=1)
+    local.dit("up")
+    goes_on(number)
+    worker = services.find(local.folder, "worker-local")
+    for pid in (worker.pid, local.flow(number)):  # as when the machine went down
+        os.kill(pid, signal.SIGKILL)
+    local.dit("up")
+    goes_on(number)
+
+    _, tasks = local.completed(number)
+    assert most == 1 and tasks["train"] == "Completed"
+    assert local.logs(number).count("going on at step") >= 5
     assert local.flow(number) is None and not list(local.root.glob(f"scratch/worktrees/*{number[:8]}"))
+    assert local.result(number, "train/model.safetensors", text=False) == undisturbed(local.root, tmp_path / "clone")
+
+
+def test_what_is_prepared_here_goes_on_on_another_machine_and_nothing_is_booked_for_what_is_done(
+    local, micro, tmp_path
+):
+    """The other machine is a clone with a cache of its own; git and DVC remotes are all that both know."""
+    local.completed(micro)
+    root, there, bare = local.root, tmp_path / "there", tmp_path / "bare.git"
+    checkout.run(root, "git", "clone", "-q", "--bare", str(root), str(bare))
+    asked = ['preset="other"', 'set=["train.max_steps=20"]', 'pool="kubernetes-gpu"']
+    with pool_of(local, there, bare):
+        run, _ = local.finished(local.start("train-dit/any", *asked))
+        assert "through a DVC remote: dvc remote add -d" in run["state"]["message"]
+        checkout.run(root, sys.executable, "-m", "dvc", "remote", "add", "-d", "store", str(tmp_path / "store"))
+        checkout.run(root, "git", "remote", "add", "origin", str(bare))
+        try:
+            number = local.start("train-dit/any", *asked)
+            run, tasks = local.completed(number)
+            assert "train" not in tasks and "train-dit/on-kubernetes-gpu" in run["state"]["message"]
+            assert (there / "scratch" / "train").is_dir() and not list(there.glob("scratch/worktrees/*"))
+            local.dit("adopt", number)
+            assert (root / "artifacts" / "report" / "index.html").exists()
+            restore(root)
+            run, tasks = local.completed(local.start("train-dit/any", *asked))
+            assert "on-kubernetes-gpu" not in run["state"]["message"]
+            assert tasks["train"] == "Cached" and "nothing is left that needs an accelerator" in local.logs(run["id"])
+        finally:
+            checkout.run(root, "git", "checkout", "-q", "HEAD", "--", ".dvc/config")
+            checkout.run(root, "git", "remote", "remove", "origin")
+
+
+@contextlib.contextmanager
+def pool_of(local, there, bare):
+    """A work pool of the name of a cluster's, whose worker is a process in a clone."""
+    checkout.run(local.root, "git", "clone", "-q", str(bare), str(there))
+    environment = checkout.environment(**local.environment, PREFECT_API_URL=f"http://127.0.0.1:{local.port}/api")
+    environment |= {"PREFECT_HOME": str(there / "scratch" / "prefect"), "PREFECT_WORKER_QUERY_SECONDS": "2"}
+    template = json.loads((local.root / "infra" / "work_pools" / "process.json").read_text())
+    template["variables"]["properties"]["working_dir"]["default"] = str(there)
+    pool = {"name": "kubernetes-gpu", "type": "process", "base_job_template": template}
+    local.ask("work_pools/", pool)
+    (local.folder / "deployed").unlink()
+    local.dit("up")  # brings the deployments whose pool is there by now
+    words = [PREFECT, "worker", "start", "--pool", "kubernetes-gpu", "--type", "process", "--name", "there"]
+    worker = subprocess.Popen(words, cwd=there, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: local.ask("work_pools/kubernetes-gpu/workers/filter", {}), 60)
+        yield
+    finally:
+        worker.terminate()
+        worker.wait(30)
+
+
+def restore(root):
+    """Undo what `dit adopt` did to the checkout."""
+    checkout.run(root, "git", "checkout", "-q", "HEAD", "--", "params.yaml")
+    checkout.run(root, "git", "rm", "-q", "--cached", "--ignore-unmatch", "dvc.lock")
+    (root / "dvc.lock").unlink()
 
 
 def test_new_images_in_the_bucket_retrain_and_nothing_else_does(local, bucket):

@@ -105,7 +105,7 @@ def test_what_is_missing_is_refused_unless_anyway(project):
     ]
     with pytest.raises(ValueError) as caught:
         refuse(missing)
-    assert str(caught.value).splitlines() == [*missing.faults, "start it all the same with --anyway"]
+    assert str(caught.value).splitlines() == [*missing.faults, preflight.ANYWAY]
     refuse(missing, anyway=True)
     elsewhere = told(
         project, device="H100", elsewhere=True

@@ -141,6 +141,18 @@ def test_an_unknown_name_lists_the_known_ones(params):
         apply("smok", params)
 
 
+def test_a_name_that_no_file_can_have_is_unknown(params):
+    with pytest.raises(ValueError, match="^preset 'aaa+' does not exist: choose one of"):
+        resolve("a" * 300, params.parent)
+
+
+def test_presets_that_rest_on_each_other_are_a_line(tmp_path):
+    for name, base in {"one": "two", "two": "one"}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ValueError, match="^preset 'two' has the base 'one', which rests on it$"):
+        resolve("one", tmp_path)
+
+
 def test_each_preset_says_what_it_is_where_it_comes_from_and_what_it_costs():
     for name in names(ROOT / "presets"):
         header = [line for line in (ROOT / "presets" / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
@@ -210,3 +222,12 @@ def test_a_setting_that_is_none_is_a_line_and_nothing_is_written(params, setting
     with pytest.raises(ValueError) as caught:
         override(params, ["train.max_steps=7", setting])
     assert str(caught.value) == f"set: {fault}" and params.read_text() == before
+
+
+def test_an_address_within_braces_is_written_as_dvc_reads_it(tmp_path):
+    from yaml import safe_load
+
+    params = tmp_path / "params.yaml"
+    params.write_text("vae: {pretrained: null, seed: 0}  # in braces\n")
+    override(params, ["vae.pretrained=models:/birds/3"])
+    assert safe_load(params.read_text()) == {"vae": {"pretrained": "models:/birds/3", "seed": 0}}

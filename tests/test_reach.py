@@ -119,9 +119,9 @@ def test_room_on_the_disk(tmp_path, monkeypatch):
     asked = {"shard": 60e9, "train": 45e9}
     assert reach.room(tmp_path, asked, ["train"]) == ([], [])
     faults, warnings = reach.room(tmp_path, asked, ["shard"])
-    assert faults == [] and "60.0 GB" in warnings[0] and "cache.type" in warnings[0]
+    assert faults == [] and "60.00 GB" in warnings[0] and "cache.type" in warnings[0]
     faults, warnings = reach.room(tmp_path, asked, ["shard", "train"])
-    assert "105.0 GB" in faults[0] and "100.0 GB are free" in faults[0] and warnings == []
+    assert "105.00 GB" in faults[0] and "100.00 GB are free" in faults[0] and warnings == []
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 from toy_pipeline import REPOSITORY, until
 
+from dit import locks
 from dit.config import read_params
 from dit.paths import Paths
 from flows import retrain as flow_file
-from flows import turns, worktrees
+from flows import worktrees
 
 DVC_YAML = """\
 stages:
@@ -49,6 +50,8 @@ data: {name: my_photos, source: images, labels: folder, num_classes: 2, image_si
 train:
   init_from: null
   max_steps: 3
+vae:
+  pretrained: null
 register: {model_name: dit-photos}
 retrain: {quiet_seconds: 0.2, start_from: scratch}
 run: {retry_seconds: 0.1, stage_retries: 1}
@@ -189,6 +192,8 @@ def test_training_starts_from_the_champion_s_number(server, gallery):
     for _ in range(2):
         client.create_model_version("dit-photos", str(gallery), None)
     client.set_registered_model_alias("dit-photos", "champion", "2")
+    (gallery / "artifacts" / "vae").mkdir(parents=True)
+    (gallery / "artifacts" / "vae" / "config.json").write_text("{}")
     put(gallery, "cat/3")
     assert retrain(set=wanted).name == "Completed"
     assert started_from(gallery) == "models:/dit-photos/2"
@@ -217,13 +222,55 @@ def test_a_failed_training_leaves_the_images_new(server, gallery):
 
 
 @pytest.mark.slow
+def test_a_model_that_the_registry_could_not_decide_on_is_decided_on_by_the_next_run(server, gallery):
+    stage = "{cmd: python register.py, always_changed: true, deps: [model], outs: [artifacts/register]}"
+    (gallery / "dvc.yaml").write_text(f"{DVC_YAML}  register: {stage}\n")
+    (gallery / "register.py").write_text(
+        "import json, os\nhome = open('scratch/home').read().strip()\n"
+        "decision = 'challenger' if os.path.exists(home + '/scratch/answers') else 'offline'\n"
+        "os.makedirs('artifacts/register', exist_ok=True)\n"
+        "told = {'decision': decision, 'alias': None, 'reasons': ['MLflow is away.']}\n"
+        "json.dump(told, open('artifacts/register/model.json', 'w'))\n"
+    )
+    worktrees.git(gallery, "add", "-A")
+    worktrees.git(gallery, "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "register")
+    assert [retrain().name, retrain().name] == ["Completed", "Completed"]
+    (gallery / "scratch" / "answers").touch()
+    assert [retrain().name, retrain().name] == ["Completed", "NothingNew"] and trainings(gallery) == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "decided", "asked"),
+    [
+        ("champion", set(), "vae.pretrained and train.init_from"),
+        ("scratch", set(), "vae.pretrained"),
+        ("champion", {"vae.pretrained", "train.init_from"}, None),
+        ("scratch", {"vae.pretrained"}, None),
+    ],
+)
+def test_the_champion_is_asked_for_only_where_something_is_taken_of_it(tmp_path, monkeypatch, start, decided, asked):
+    def away(paths, name):
+        raise ValueError("MLflow is away")
+
+    monkeypatch.setattr(flow_file, "champion", away)
+    said, params = [], {"register": {"model_name": "dit-photos"}, "retrain": {"start_from": start}}
+    place = SimpleNamespace(root=tmp_path, params=params, say=said.append)
+    if asked is None:
+        flow_file.begin(place, decided)
+        assert said == ["nothing is taken of the champion of dit-photos"]
+    else:
+        with pytest.raises(ValueError, match=f"^MLflow is away: run again when it answers, or set {asked} \\("):
+            flow_file.begin(place, decided)
+
+
+@pytest.mark.slow
 def test_of_runs_that_wait_for_the_same_one_is_enough(server, gallery):
-    locks = gallery / "scratch" / "lock"
-    with turns.turn(locks, "run-retrain-my_photos-dit-photos", "a retraining", print):
+    folder = gallery / "scratch" / "lock"
+    with locks.held(folder / "run-retrain-my_photos-dit-photos", print, "a retraining"):
         said = []
         waiting = threading.Thread(target=lambda: said.append(retrain().name))
         waiting.start()
-        until(lambda: any(not turns.free(file) for file in locks.glob("retrain-next-*")))
+        until(lambda: any(not locks.free(file) for file in folder.glob("retrain-next-*")))
         state = retrain()
         assert state.is_completed() and state.name == "AlreadyQueued"
     waiting.join()

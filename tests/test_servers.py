@@ -91,7 +91,7 @@ def test_a_flow_uses_mlflows_server_if_it_runs_and_nothing_else_was_chosen(root,
 
 
 def test_mlflows_start_waits_for_a_stage_that_sets_up_the_same_database(root, monkeypatch):
-    from flows import turns
+    from dit import locks
 
     run_instead(monkeypatch, HEALTHY)
     said = []
@@ -101,7 +101,7 @@ def test_mlflows_start_waits_for_a_stage_that_sets_up_the_same_database(root, mo
         if line.startswith("waiting"):
             os.close(held.pop())
 
-    with turns.turn(root / "scratch" / "lock", "mlflow", "a stage", print) as lock:
+    with locks.held(root / "scratch" / "lock" / "mlflow", print, "a stage") as lock:
         held = [os.dup(lock)]
     servers.ensure(root, ("mlflow",), [], release)
     assert said[-1].startswith("waiting for a stage (process ") and not held

@@ -7,7 +7,8 @@ import pytest
 import toy_pipeline
 from test_worktrees import RUN, git, repro
 
-from flows import remotes, turns, workplace, worktrees
+from dit import locks
+from flows import remotes, workplace, worktrees
 from flows.workplace import Wanted
 
 toy, toy_template = toy_pipeline.toy, toy_pipeline.toy_template
@@ -22,13 +23,13 @@ def test_settings_are_committed_on_the_runs_branch_and_the_checkout_keeps_its_ow
     before, said = (toy / "params.yaml").read_bytes(), []
     (toy / "train.py").write_text((toy / "train.py").read_text() + "# edited\n")
     with opened(toy, wanted=Wanted("smoke", ("train.max_steps=8",)), said=said) as place:
-        assert place.params == {"preset": "smoke", "train": {"max_steps": 8}}
-        assert (place.label, place.branch) == ("smoke", "runs/smoke/01234567")
+        assert (place.params["preset"], place.params["train"]) == ("smoke", {"max_steps": 8})
+        assert (place.label, place.branch) == ("smoke-set", "runs/smoke-set/01234567")
         assert not git(place.root, "status", "--porcelain")
         assert "# a comment to keep" in (place.root / "params.yaml").read_text()
     assert said[0] == "not committed, so not in this run: train.py"
     assert (toy / "params.yaml").read_bytes() == before and not place.root.exists()
-    assert "max_steps: 8" in git(toy, "show", "runs/smoke/01234567:params.yaml")
+    assert "max_steps: 8" in git(toy, "show", "runs/smoke-set/01234567:params.yaml")
 
 
 def test_the_same_settings_take_turns_and_others_do_not(toy):
@@ -45,8 +46,13 @@ def test_the_same_settings_take_turns_and_others_do_not(toy):
     assert inside.wait(30)
     with opened(toy, OTHER, Wanted("digits")):
         pass  # at once
-    threading.Timer(1.0, leave.set).start()
-    with opened(toy, OTHER, said=said):
+
+    def say(line):
+        said.append(line)
+        if line.startswith("waiting"):
+            leave.set()
+
+    with workplace.opened(toy, OTHER, Wanted("smoke"), say):
         order.append("second")
     other.join()
     assert order == ["first", "second"]
@@ -97,7 +103,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(toy, wanted, message):
         raise AssertionError("it should not have begun")
     assert "\n" not in str(error.value)
     assert not list((toy / "scratch" / "worktrees").glob("*"))
-    assert turns.free(toy / "scratch" / "lock" / worktrees.lock_name("digits-01234567"))
+    assert locks.free(toy / "scratch" / "lock" / worktrees.lock_name("digits-01234567"))
 
 
 def test_the_dvc_remote_gets_what_is_kept_and_gives_it_to_another_machine(toy, tmp_path):
@@ -163,3 +169,11 @@ def test_the_history_is_the_last_success_and_else_the_checkouts_own(toy):
         place.succeeded()
     with opened(toy, OTHER) as place:
         assert (place.root / worktrees.LISTING).read_text() == "new\n"
+
+
+def test_a_trial_with_settings_of_its_own_is_no_success_of_the_preset(toy):
+    with opened(toy, wanted=Wanted("smoke", ("train.max_steps=8",))) as place:
+        repro(place.root, "scan")
+        place.keep("finished")
+        place.succeeded()
+    assert worktrees.last_success(toy, "data", "smoke") is None and worktrees.last_success(toy, "data") is not None

@@ -8,7 +8,8 @@ import time
 import pytest
 import toy_pipeline
 
-from flows import turns, worktrees
+from dit import locks
+from flows import remotes, worktrees
 
 toy, toy_template = toy_pipeline.toy, toy_pipeline.toy_template
 RUN = "0123456789abcdef"
@@ -58,7 +59,10 @@ def test_what_one_worktree_made_another_takes_from_the_shared_cache(toy, tree):
 
 def test_an_earlier_attempt_is_gone_on_with_and_a_half_made_one_is_made_anew(toy, tree):
     (tree.root / "scratch" / "half").write_text("work")
+    index_lock = toy / ".git" / "worktrees" / tree.root.name / "index.lock"
+    index_lock.touch()  # of a git that was killed
     worktrees.open_worktree(tree)
+    assert not index_lock.exists()
     assert (tree.root / "scratch" / "half").exists()
     (tree.root / ".git").unlink()  # its maker was killed
     worktrees.open_worktree(tree)
@@ -86,6 +90,20 @@ def test_a_commit_that_does_not_exist_is_one_line(toy):
     with pytest.raises(ValueError, match="git knows no commit nosuch here") as error:
         worktrees.open_worktree(worktrees.describe(toy, RUN, "digits"), "nosuch")
     assert "\n" not in str(error.value)
+
+
+def test_without_a_repository_the_line_says_to_make_one(tmp_path):
+    with pytest.raises(ValueError, match=": git init && git add -A && git commit$"):
+        worktrees.open_worktree(worktrees.describe(tmp_path, RUN, "digits"))
+
+
+def test_a_remote_that_is_not_committed_is_a_worktrees_too(toy, tree):
+    for words in (["remote", "add", "-d", "far", "s3://bucket/prefix"], ["remote", "modify", "far", "region", "eu"]):
+        assert worktrees.dvc(toy, *words).returncode == 0
+    worktrees.open_worktree(tree)
+    assert remotes.default(tree.root) == "far"
+    assert worktrees.dvc(tree.root, "config", "remote.far.url").stdout == "s3://bucket/prefix\n"
+    assert worktrees.dvc(tree.root, "config", "remote.far.region").stdout == "eu\n"
 
 
 def test_a_relative_remote_and_a_cache_elsewhere_are_the_same_place_in_a_worktree(toy, tmp_path):
@@ -121,11 +139,14 @@ def test_adopt_brings_settings_and_results_and_keeps_what_was_there(toy, tree):
     worktrees.commit(tree, "done")
     worktrees.close(tree)
     (toy / "params.yaml").write_text("preset: digits\ntrain:\n  max_steps: 4  # mine, not committed\n")
+    (toy / "dvc.lock").write_text("stages: {}  # mine too\n")
     said = worktrees.adopt(toy, RUN[:5])
     assert "max_steps: 7" in (toy / "params.yaml").read_text() and (toy / "model").read_text() == "weights"
     [kept] = (toy / "scratch").glob("params.before-runs-digits-01234567.*.yaml")
     assert "mine, not committed" in kept.read_text() and kept.name in said[0]
-    assert "runs/digits/01234567" in said[1] and len(said) == 2
+    [lock] = (toy / "scratch").glob("dvc.before-runs-digits-01234567.*.lock")
+    assert "mine too" in lock.read_text() and "runs/digits/01234567" in said[2] and len(said) == 3
+    assert len(worktrees.adopt(toy, RUN[:5])) == 1  # nothing is there to be kept
     assert "Running stage" not in repro(toy)
 
 
@@ -158,8 +179,9 @@ def test_only_abandoned_worktrees_are_swept(toy, tree):
     lock = toy / "scratch" / "lock"
     old = time.time() - worktrees.ABANDONED_SECONDS - 60
     assert worktrees.sweep(toy) == []  # young
-    with turns.turn(lock, worktrees.lock_name(tree.root.name), "me", print):
+    with locks.held(lock / worktrees.lock_name(tree.root.name), print, "me"):
         os.utime(lock / worktrees.lock_name(tree.root.name), (old, old))
+        os.utime(tree.root / "scratch", (old, old))
         os.utime(tree.root, (old, old))
         assert worktrees.sweep(toy) == []  # at work
     os.utime(lock / worktrees.lock_name(tree.root.name), (old, old))

@@ -81,8 +81,8 @@ def register(
     print(f"{told['name']}: {what}. {' '.join(told['reasons'])}")
 
 
-def _waiting(holder: str) -> None:
-    print(f"register: waiting for process {holder}, which decides on another version of this model")
+def _waiting(line: str) -> None:
+    print(f"register: {line}: it decides on another version of this model")
 
 
 def _settle(
@@ -162,7 +162,10 @@ def _decide(
         except Incomparable as error:
             return told("challenger", f"{rival} is not comparable: {error}. Move the alias by hand.")
         except store.Unreachable as error:
-            return told("undecided", f"{rival} could not be fetched: {error}. The next run tries again.")
+            return told(
+                "undecided",
+                f"{rival} could not be fetched: {error}. The next run tries again; if it is gone for good, move the alias by hand.",
+            )
         registry.tag(champion, {candidate.score_tag: repr(value)})
         reasons.append(f"{rival} had been scored on other terms, so it drew again and was scored again.")
         if setting != candidate.setting:

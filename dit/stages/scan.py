@@ -115,8 +115,8 @@ def content_hashes(source: Source, images: list[Entry], scratch: Path) -> dict[s
         return _content_hashes(source, place, images, scratch / f"{name}.json")
 
 
-def _waiting(holder: str) -> None:
-    print(f"scan: waiting for process {holder}, which looks at the same source: what it has read counts here too")
+def _waiting(line: str) -> None:
+    print(f"scan: {line}: what it reads of the same source counts here too")
 
 
 def _content_hashes(source: Source, place: Place | None, images: list[Entry], file: Path) -> dict[str, str]:
