@@ -53,6 +53,10 @@ def require_remotes(place: Workplace, pool: str) -> None:
         raise ValueError(f"{wanted} what is prepared here through the DVC remote: leave push on")
     if place.remote is None:
         raise ValueError(f"{wanted} what is prepared here through a DVC remote: dvc remote add -d NAME s3://...")
+    if not remotes.committed(place.root):
+        raise ValueError(
+            f"the DVC remote {place.remote} is not committed, and other machines see what is: git commit .dvc/config"
+        )
     if remotes.git_remote(place.home) is None:
         raise ValueError(f"{wanted} their settings through a git remote: git remote add origin URL")
 

@@ -24,6 +24,13 @@ def default(root: Path) -> str | None:
     return None
 
 
+def committed(root: Path) -> bool:
+    """Whether the commit of a worktree names a default DVC remote: that much other machines can see."""
+    config = configparser.RawConfigParser(strict=False)
+    config.read_string(worktrees.git(root, "show", "HEAD:.dvc/config"))
+    return bool(config.get("core", "remote", fallback=""))
+
+
 def push(root: Path) -> str:
     """Push what dvc.lock names, and the run-cache; returns why not, or an empty text."""
     return _reason(worktrees.dvc(root, "push", "--run-cache"))

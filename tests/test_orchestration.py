@@ -27,6 +27,7 @@ from flows import dag, servers, services, worktrees
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PREFECT = os.path.join(os.path.dirname(sys.executable), "prefect")
+IDENTITY = ("-c", "user.name=t", "-c", "user.email=t@example.org")
 EVERY_TIME = {"scan", "register"}
 
 # Small enough that a run is the cost of its processes: what is tested is who starts, ends and finds what.
@@ -188,7 +189,7 @@ def local(tmp_path_factory, bucket):
     it = Local(root, tmp_path_factory.mktemp("home"), bucket.endpoint)
     it.dit("preset", "bucket")
     checkout.run(root, "git", "add", "-A")
-    checkout.run(root, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "presets")
+    checkout.run(root, "git", *IDENTITY, "commit", "-qm", "presets")
     it.first_words = it.dit("up")
     try:
         yield it
@@ -258,18 +259,18 @@ def test_a_training_that_is_cancelled_and_killed_in_every_way_ends_as_if_nothing
     local.completed(micro)
     most = 0
 
-    def goes_on(run):
-        """Wait until the training has come further than it was."""
+    def goes_on(run, after=None):
+        """Wait until the training has come further than it was: in another process, where the one before was ended."""
         before = states(local.root)
 
         def further():
             nonlocal most
             most = max(most, len(local.stage("train")))
             assert local.run(run)["state_type"] not in ("COMPLETED", "FAILED"), local.logs(run)[-3000:]
-            return local.stage("train") and states(local.root) - before
+            new = [stage for stage in local.stage("train") if after is None or stage.pid != after.pid]
+            return new and states(local.root) - before and new
 
-        until(further, 300)
-        return local.stage("train")[0]
+        return until(further, 300)[0]
 
     first = local.start("train-dit/any", *LONG)
     goes_on(first)
@@ -279,12 +280,13 @@ def test_a_training_that_is_cancelled_and_killed_in_every_way_ends_as_if_nothing
     until(lambda: not local.stage("train") and local.flow(first) is None, 30)
 
     number = local.start("train-dit/any", *LONG)
-    goes_on(number).kill()
     stage = goes_on(number)
+    stage.kill()
+    stage = goes_on(number, stage)
     next(one for one in stage.parents() if "dvc" in one.cmdline()[:4]).kill()
-    goes_on(number)
+    stage = goes_on(number, stage)
     os.kill(local.flow(number), signal.SIGKILL)
-    goes_on(number)
+    stage = goes_on(number, stage)
     worker = services.find(local.folder, "worker-local")
     os.kill(worker.pid, signal.SIGKILL)  # its flow goes on by itself
     assert "worker-local  does not run" in local.dit("status", code=1)
@@ -294,7 +296,7 @@ def test_a_training_that_is_cancelled_and_killed_in_every_way_ends_as_if_nothing
     for pid in (worker.pid, local.flow(number)):  # as when the machine went down
         os.kill(pid, signal.SIGKILL)
     local.dit("up")
-    goes_on(number)
+    goes_on(number, stage)
 
     _, tasks = local.completed(number)
     assert most == 1 and tasks["train"] == "Completed"
@@ -316,6 +318,9 @@ def test_what_is_prepared_here_goes_on_on_another_machine_and_nothing_is_booked_
         assert "through a DVC remote: dvc remote add -d" in run["state"]["message"]
         checkout.run(root, sys.executable, "-m", "dvc", "remote", "add", "-d", "store", str(tmp_path / "store"))
         checkout.run(root, "git", "remote", "add", "origin", str(bare))
+        run, _ = local.finished(local.start("train-dit/any", *asked))
+        assert "is not committed" in run["state"]["message"]
+        checkout.run(root, "git", *IDENTITY, "commit", "-qm", "remote", "--", ".dvc/config")
         try:
             number = local.start("train-dit/any", *asked)
             run, tasks = local.completed(number)
@@ -328,7 +333,7 @@ def test_what_is_prepared_here_goes_on_on_another_machine_and_nothing_is_booked_
             assert "on-kubernetes-gpu" not in run["state"]["message"]
             assert tasks["train"] == "Cached" and "nothing is left that needs an accelerator" in local.logs(run["id"])
         finally:
-            checkout.run(root, "git", "checkout", "-q", "HEAD", "--", ".dvc/config")
+            checkout.run(root, "git", "reset", "-q", "--hard", "HEAD~1")
             checkout.run(root, "git", "remote", "remove", "origin")
 
 
