@@ -59,6 +59,13 @@ def push_branch(home: Path, branch: str) -> None:
         worktrees.git(home, "push", "-q", "--force", remote, "refs/dit/last/*:refs/dit/last/*")
 
 
+def give_back(home: Path, branch: str) -> None:
+    """Push a branch where it came from, if that was a git remote and not this very checkout. Raises ValueError."""
+    remote = git_remote(home)
+    if remote is not None and worktrees.git(home, "ls-remote", remote, f"refs/heads/{branch}"):
+        push_branch(home, branch)
+
+
 def fetch_history(home: Path) -> None:
     """Have what other machines know of successes, where they share a DVC remote with this one and git answers."""
     if default(home) is None:

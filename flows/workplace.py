@@ -143,6 +143,8 @@ def opened(
             held.enter_context(locks.held(folder / f"run-{which}", say, f"{purpose} run {tree.label}-{tree.id}"))
             _bring_history(place)
             yield place
+            if branch:
+                remotes.give_back(home, branch)
         except Exception:
             worktrees.close(tree)
             raise

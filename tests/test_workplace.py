@@ -127,7 +127,6 @@ def test_the_dvc_remote_gets_what_is_kept_and_gives_it_to_another_machine(toy, t
         assert "Running stage 'train'" not in printed and "Running stage 'report'" in printed
         there.keep("finished")
         there.succeeded()
-    remotes.push_branch(tmp_path / "elsewhere", there.branch)
     remotes.fetch_branch(toy, place.branch)
     remotes.fetch_history(toy)
     assert (
