@@ -34,8 +34,8 @@ def up(root: Path, say: Callable[[str], None] = print) -> None:
     A run whose process is gone, of an earlier day or of a machine that went down, starts again where it stopped.
     Raises ValueError with the reason if something can't start; what this call had started is ended then.
     """
-    wanted = deploy.plan(root)
     leash.save_seconds()  # a worker hands it to its flows: refused here, not there
+    wanted = deploy.plan(root)
     began, folder = time.monotonic(), servers.folder_of(root)
     with locks.held(folder / "lock", say, "another `up` or `down`"):
         started: list[Service] = []

@@ -168,7 +168,7 @@ def test_a_person_is_told_and_refused(project, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "images out of reach" in out and "on 1 x L4" in out
     first, last = err.splitlines()
-    assert first.startswith("dit: data.source: the folder 'nowhere'") and last.endswith("with --anyway")
+    assert first.startswith("dit: data.source: the folder 'nowhere'") and last.endswith(preflight.ANYWAY)
     assert main(["check", "--stale", "train", "--anyway"]) == 0
     assert capsys.readouterr().err == f"{first}\n"
     assert main(["check", "--json", "--stale", ""]) == 0
