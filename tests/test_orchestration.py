@@ -292,7 +292,8 @@ def test_a_training_that_is_cancelled_and_killed_in_every_way_ends_as_if_nothing
     _, tasks = local.completed(number)
     assert most == 1 and tasks["train"] == "Completed"
     assert local.logs(number).count("going on at step") >= 5
-    assert local.flow(number) is None and not list(local.root.glob(f"scratch/worktrees/*{number[:8]}"))
+    until(lambda: local.flow(number) is None, 30)
+    assert not list(local.root.glob(f"scratch/worktrees/*{number[:8]}"))
     assert local.result(number, "train/model.safetensors", text=False) == undisturbed(local.root, tmp_path / "clone")
 
 
