@@ -12,10 +12,9 @@ from dit import entry
 from dit.addresses import registered
 from dit.config import check_sections, read_params
 from dit.paths import Paths
+from dit.pipeline import STAGES
 from dit.retraining import RetrainConfig
 
-STAGES = ("scan", "shard", "vae", "encode", "reference", "train", "ema", "sample", "evaluate", "register", "report")
-ANYWAY = "DIT_ANYWAY"
 OPTIONAL = {"retrain": RetrainConfig}  # sections that are no stage's: they may be missing
 
 
@@ -44,7 +43,7 @@ def check_in_dvc(paths: Paths) -> dict[str, Any]:
     Where DIT_ANYWAY is set, as by a flow that shall start all the same, missing files are left to the stages.
     """
     try:
-        return check(paths, files=not os.environ.get(ANYWAY))
+        return check(paths, files=not os.environ.get(entry.ANYWAY))
     except ValueError as error:
         if stage := os.environ.get("DVC_STAGE"):
             entry.tell_refused(stage.rpartition(":")[2], str(error), paths)

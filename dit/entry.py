@@ -29,6 +29,9 @@ from dit.places import OutOfReach
 
 COMPLETED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: run the same command again
 BUGS = (AssertionError, AttributeError, ImportError, NameError, SyntaxError, TypeError)  # no further try mends them
+# Set by a flow for the stages it starts: `train` was forced, so what is finished is not taken over; missing files are no
+# reason to refuse.
+AFRESH, ANYWAY = "DIT_AFRESH", "DIT_ANYWAY"
 _STATUS = {COMPLETED: "completed", FAILED: "failed", REFUSED: "refused", INTERRUPTED: "interrupted"}
 
 

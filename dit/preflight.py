@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit import reach
 from dit.paths import Paths, write_json
+from dit.pipeline import ACCELERATED, SHARED, STAGES
 from dit.progress import clock
 from dit.staleness import stale_stages
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 WEEK_HOURS, DAY_HOURS = 7 * 24, 24
 LARGE_BYTES = 16e9  # of latents, which lie in memory while the network trains
-ANYWAY = "start it all the same with --anyway (a deployment: -p anyway=true)"
+HOW_ANYWAY = "start it all the same with --anyway (a deployment: -p anyway=true)"
 RECORD = "preflight.json"  # in scratch/: what the run's last preflight said
 
 
@@ -61,7 +62,7 @@ class Preflight:
 def refuse(told: Preflight, anyway: bool = False) -> None:
     """Raise ValueError, a line for each fault, unless the run is to begin anyway."""
     if told.faults and not anyway:
-        raise ValueError("\n".join([*told.faults, ANYWAY]))
+        raise ValueError("\n".join([*told.faults, HOW_ANYWAY]))
 
 
 def ask(
@@ -114,8 +115,8 @@ def checked(
 
         sections = check.check(paths, files=False)
         stale = asked.result() if asked else stale
-    if unknown := set(stale or ()) - set(check.STAGES):
-        raise ValueError(f"--stale: no stage {', '.join(sorted(unknown))}: choose among {', '.join(check.STAGES)}")
+    if unknown := set(stale or ()) - set(STAGES):
+        raise ValueError(f"--stale: no stage {', '.join(sorted(unknown))}: choose among {', '.join(STAGES)}")
     return preflight(sections, paths, stale=stale, device=device, devices=devices, push=push, elsewhere=elsewhere)
 
 
@@ -161,7 +162,7 @@ def _preflight(
     faults, warnings = [], []
     chosen = device_named(device) if isinstance(device, str) and device != "cpu" else device
     machine, price_usd_per_hour = _machine(chosen, run, faults)
-    todo = [name for name in check.STAGES if stale is None or name in stale]
+    todo = [name for name in STAGES if stale is None or name in stale]
     alone = set(check.conflicts(sections))
     missing = [fault for fault in check.conflicts(sections, paths.root) if fault not in alone]
     missing += reach.autoencoder(vae.pretrained, paths) if "vae" in todo else []
@@ -179,7 +180,7 @@ def _preflight(
     hours = sum(hours_of.values()) if fast else None
     price = None
     if price_usd_per_hour is not None and fast:
-        price = sum(hours_of.get(name, 0) for name in workload.ACCELERATED) * devices * price_usd_per_hour
+        price = sum(hours_of.get(name, 0) for name in ACCELERATED) * devices * price_usd_per_hour
     asked = {name: size for name, size in workload.memory(sections, network).items() if name in todo}
     latents = workload.latents_bytes(sections, network, count) if "train" in asked else 0
     if machine.device == "cpu":
@@ -190,7 +191,7 @@ def _preflight(
         warnings.append(f"train: the latents take {latents / 1e9:.0f} GB of the machine's own memory")
     room = reach.room(paths.root, workload.disk_bytes(sections, network, count), ["shard"] if elsewhere else todo)
     faults, warnings = faults + room[0], warnings + room[1]
-    if devices > 1 and "train" in asked and "train" not in workload.SHARED:
+    if devices > 1 and "train" in asked and "train" not in SHARED:
         warnings.append(f"train uses one device, and {devices - 1} of {devices} wait meanwhile")
     result = Preflight(
         line="", faults=faults + remote(), warnings=warnings, stages=todo, images=images,
@@ -203,7 +204,6 @@ def _preflight(
 
 def describe(told: Preflight, known: bool, images: str, batch: int, machine: "Machine") -> str:
     """A preflight in one line; `known`: DVC said which stages are stale; `images`: their number, in words."""
-    from dit.check import STAGES
     from dit.estimate import PRICES_OF
 
     if known and not set(told.stages) - {"scan", "register"}:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from dit import locks
+from dit import entry, locks
 from dit.checkpoint import TrainingState, latest_state
 from dit.config import read_params
 from dit.paths import Paths, write_json
@@ -23,7 +23,6 @@ from dit.paths import Paths, write_json
 KEEP = 4  # trainings whose state is kept
 WAIT_SECONDS = 7 * 86400  # for so long one that was interrupted is kept beside them
 CONTINUE = "DIT_CONTINUE"
-AFRESH = "DIT_AFRESH"  # set by a flow that was asked to force `train`: what is finished is not taken over
 
 
 class Work:
@@ -73,7 +72,7 @@ def _begin(paths: Paths, name: str, max_steps: int) -> Work:
             f"the code changed since this training began: starting afresh. To go on with the old state instead: {CONTINUE}={aside.name} dvc repro"
         )
     state = latest_state(folder) if folder.exists() else None
-    known = os.environ.get(AFRESH) or _recorded(paths, _notes(folder).get("export"))
+    known = os.environ.get(entry.AFRESH) or _recorded(paths, _notes(folder).get("export"))
     if state and state.step >= max_steps and (state.step > max_steps or known):
         aside = _set_aside(folder)
         print(f"a training of {state.step} steps is there already: starting afresh (the old state is {aside})")

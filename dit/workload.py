@@ -15,11 +15,10 @@ from dit.cost import macs, parameters
 from dit.estimate import ASSUMED_MFU, Device, largest_batch, sampling_memory, training_memory
 from dit.expectations import CPU_SHARE, Machine, known
 from dit.generation import evaluations
+from dit.pipeline import SHARED
 from dit.weights import OWN
 
-ACCELERATED = ("vae", "encode", "reference", "train", "sample", "evaluate")
 LIGHT = ("scan", "ema", "register", "report")  # which take little more than their start
-SHARED = ("reference", "sample", "evaluate")  # what several processes, started by torchrun, do as one
 START_SECONDS = 4  # of a stage's process and its imports: 45 s for eleven, preset smoke on two cores
 # Of a CPU's matrix products (expectations.look): convolutions of few channels take longer, and drawing has its own
 # products, which are faster (docs/benchmarks.md).

@@ -6,8 +6,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from dit import preflight
-from dit.check import ANYWAY
+from dit import entry, preflight
 from flows.workplace import Workplace
 
 
@@ -45,7 +44,7 @@ def look_ahead(place: Workplace, device: str | None, elsewhere: bool, anyway: bo
     Raises ValueError, a line for each fault.
     """
     if anyway or elsewhere:
-        place.environment[ANYWAY] = "1"  # the check within `scan` looks at the same files once more
+        place.environment[entry.ANYWAY] = "1"  # the check within `scan` looks at the same files once more
     if not (place.root / "dit" / "preflight.py").is_file():
         return None
     stale: list[str] = []

@@ -19,9 +19,7 @@ from typing import Any
 
 from flows import pods
 from flows.cluster import Cluster, NoAnswer
-from flows.manifests import GRACE_MARGIN_SECONDS, RUN, STAGE, TOGETHER, HostSettings, manifests, wanted
-
-__all__ = ["TOGETHER", "HostSettings", "manifests", "run_on_hosts", "wanted"]
+from flows.manifests import GRACE_MARGIN_SECONDS, RUN, STAGE, HostSettings, manifests
 
 POLL_SECONDS = 3.0
 STUCK_SECONDS = 600.0  # an image that can't be pulled for so long won't be

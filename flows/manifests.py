@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit import config
+from dit.pipeline import SHARED
 
-TOGETHER = frozenset({"reference", "sample", "evaluate"})  # what several processes can share; the others take one
 HOSTS, SETTINGS_FILE = "DIT_HOSTS", "infra/kubernetes/hosts.yaml"
 RUN, STAGE = "dit-pipeline/run", "dit-pipeline/stage"  # labels
 GRACE_MARGIN_SECONDS = 30
@@ -85,8 +85,8 @@ def manifests(
 
     Raises ValueError for what can't be: a stage that is not shared on several hosts, a folder off the volume.
     """
-    if hosts < 1 or (hosts > 1 and stage not in TOGETHER):
-        raise ValueError(f"hosts: {stage} runs on one host, not on {hosts}: only {', '.join(sorted(TOGETHER))} share")
+    if hosts < 1 or (hosts > 1 and stage not in SHARED):
+        raise ValueError(f"hosts: {stage} runs on one host, not on {hosts}: only {', '.join(sorted(SHARED))} share")
     if not root.resolve().is_relative_to(settings.mount):
         raise ValueError(f"hosts.mount: {root.resolve()} is not on the volume at {settings.mount}, which hosts share")
     if not settings.image:
@@ -148,7 +148,7 @@ def manifests(
 
 
 def _command(stage: str, name: str, hosts: int, settings: HostSettings) -> list[str]:
-    if stage not in TOGETHER:
+    if stage not in SHARED:
         return ["python", "-m", f"dit.stages.{stage}"]
     return [
         *["torchrun", "--nnodes", str(hosts), "--nproc-per-node", str(settings.processes)],

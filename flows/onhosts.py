@@ -16,14 +16,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # and not this file's own folder
 
+from dit.pipeline import ACCELERATED, SHARED
 from flows import hosts
-from flows.manifests import TOGETHER, wanted
+from flows.manifests import wanted
 
 # Of the environment, what a stage needs elsewhere. It stands in the Job for all to read: secrets are the pods' own.
 CARRIED = re.compile(
     r"DIT_(?!HOST|IMAGE).*|MLFLOW_TRACKING_URI|MLFLOW_REGISTRY_URI|AWS_ENDPOINT_URL|AWS_(DEFAULT_)?REGION"
 )
-ACCELERATED = frozenset({"vae", "encode", "reference", "train", "sample", "evaluate"})
 EXIT = {"ran": 0, "failed": 1, "interrupted": 128 + signal.SIGTERM, "lost": 128 + signal.SIGKILL}
 
 
@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
         stage[1],
         Path.cwd(),
         lambda line: print(line, flush=True),
-        hosts=count if stage[1] in TOGETHER else 1,
+        hosts=count if stage[1] in SHARED else 1,
         settings=settings,
         environment=carried,
     )

@@ -8,7 +8,6 @@ On a worker: `prefect deployment run retrain/digits`; at once after an upload: `
 `python -m flows.retrain --preset digits`.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -30,23 +29,14 @@ from dit.config import digest, parse
 from dit.paths import Paths, write_atomic
 from dit.retraining import Changes, RetrainConfig, class_of, compare
 from dit.sources import Listing, read_listing
-from flows import events, placement, train_dit, walk, workplace, worktrees
+from flows import events, placement, terminal, train_dit, walk, workplace, worktrees
 from flows.train_dit import Override, Preset
 from flows.workplace import Wanted, Workplace
 
 DECISION = "artifacts/register/model.json"
 
 
-def run_name() -> str:
-    """Preset and minute: what tells one look at the data from another in a list."""
-    told = flow_run.parameters
-    wanted = Wanted(told.get("preset"), tuple(told.get("set") or ()), told.get("source"))
-    return " ".join([workplace.preset_of(Path.cwd(), wanted), *wanted.overrides, f"{datetime.now():%d %b %H:%M:%S}"])[
-        :200
-    ]
-
-
-@flow(name="retrain", flow_run_name=run_name, persist_result=False, validate_parameters=False)
+@flow(name="retrain", flow_run_name=train_dit.run_name, persist_result=False, validate_parameters=False)
 def retrain(
     preset: Preset | None = None,
     set: list[Override] | None = None,  # noqa: A002 (the name on the form)
@@ -268,21 +258,9 @@ def _when(home: Path, commit: str) -> str:
 
 def main(arguments: Iterable[str] | None = None) -> int:
     """Run the flow in this process; returns 0 if it completed, and that includes NothingNew."""
-    parser = argparse.ArgumentParser(prog="python -m flows.retrain", description=retrain.description)
-    parser.add_argument("--preset", help="settings: a file in presets/")
-    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="train.max_steps=1000")
-    parser.add_argument("--source", help="other images: a folder, an archive, s3://bucket/prefix")
+    parser = terminal.options(retrain, "retrain")
     parser.add_argument("--min-new-images", type=int, help="new and replaced images that are worth a training")
-    parser.add_argument("--no-push", dest="push", action="store_false", help="keep the results on this machine")
-    parser.add_argument("--pool", help="the work pool of whatever needs an accelerator")
-    parser.add_argument("--anyway", action="store_true", help="start although the preflight advises against it")
-    told = vars(parser.parse_args(arguments))
-    told["set"] = told["set"] or None
-
-    def check() -> None:  # before a server is started
-        workplace.refuse(Path.cwd(), Wanted(told["preset"], tuple(told["set"] or ()), told["source"]))
-
-    return train_dit.in_this_process(lambda: retrain(**told, return_state=True), check, "retrain")
+    return terminal.run(retrain, vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

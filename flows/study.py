@@ -8,7 +8,6 @@ On a worker: `prefect deployment run study/digits-sizes`. In this process:
 `python -m flows.study --preset digits --variant small model.hidden_size=64 --variant large model.hidden_size=192`.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -22,7 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows import dag, findings, placement, train_dit, walk, workplace, worktrees
+from flows import dag, findings, placement, terminal, train_dit, walk, workplace, worktrees
 from flows.findings import Finding
 from flows.train_dit import Override, Preset
 from flows.workplace import Wanted
@@ -158,9 +157,8 @@ def _title(preset: str | None) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Run the flow in this process; returns 0 if every variant completed."""
-    parser = argparse.ArgumentParser(prog="python -m flows.study", description=study.description)
-    parser.add_argument("--preset", help="settings: a file in presets/")
+    """Run the flow in this process; returns 0 if all variants completed."""
+    parser = terminal.options(study, "study")
     parser.add_argument(
         "--variant",
         action="append",
@@ -169,20 +167,14 @@ def main(arguments: Iterable[str] | None = None) -> int:
         metavar=("NAME", "SETTING=VALUE"),
         help="a variant's name and the settings in which it differs",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="of all variants")
-    parser.add_argument("--source", help="other images: a folder, an archive, s3://bucket/prefix")
-    parser.add_argument("--no-push", dest="push", action="store_false", help="keep the results on this machine")
-    parser.add_argument("--pool", help="the work pool of whatever needs an accelerator")
-    parser.add_argument("--anyway", action="store_true", help="start although the preflight advises against it")
     told = vars(parser.parse_args(arguments))
-    told |= {"set": told["set"] or None, "variants": {name: more for name, *more in told.pop("variant")}}
+    told["variants"] = {name: more for name, *more in told.pop("variant")}
 
-    def check() -> None:  # before a server is started
-        workplace.refuse(Path.cwd(), Wanted(told["preset"]))
+    def refuse() -> None:
         if not told["variants"]:
             raise ValueError("there are no variants: --variant NAME SETTING=VALUE ... for each")
 
-    return train_dit.in_this_process(lambda: study(**told, return_state=True), check, "study")
+    return terminal.run(study, told, refuse)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,12 @@ On a worker: `prefect deployment run train-dit/digits --watch` (see `flows.local
 `python -m flows.train_dit --preset smoke`, for which a local server is started if none runs.
 """
 
-import argparse
 import logging
-import os
-import signal
 import sys
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from prefect import flow, get_run_logger
 from prefect.exceptions import FailedRun
@@ -23,7 +20,8 @@ from pydantic import Field
 from dit import presets, staleness
 from dit.config import read_params
 from dit.paths import Paths
-from flows import dag, events, forecast, leash, onhosts, placement, summary, walk, workplace
+from dit.pipeline import ACCELERATED
+from flows import dag, events, forecast, placement, summary, terminal, walk, workplace
 from flows.lost import RESTARTS
 from flows.workplace import Wanted, Workplace
 
@@ -123,7 +121,7 @@ def work(
             states |= walk.walk(place, first, force)
             staleness.restore(place.root, pull=place.remote is not None)  # what the run-cache has is not to do
             stale = forecast.look_ahead(place, device, at == "elsewhere", anyway)
-            if stale is None or onhosts.ACCELERATED & {*stale, *force}:
+            if stale is None or ACCELERATED & {*stale, *force}:
                 place.keep("prepared")
                 return None
             log.info("nothing is left that needs an accelerator")
@@ -161,48 +159,12 @@ def plan(root: Path, force: list[str]) -> dict[str, tuple[str, ...]]:
     return stages
 
 
-def in_this_process(run: Any, check: Any, name: str) -> int:
-    """Run a flow here, with a server that is started if none runs; returns the exit status. `check` may refuse first."""
-    from prefect.context import refresh_global_settings_context
-    from prefect.settings import get_current_settings
-
-    from flows import servers
-
-    try:
-        leash.save_seconds()
-        check()
-        os.environ.update(servers.for_this_process(Path.cwd(), get_current_settings().api.url))
-    except ValueError as error:
-        print("\n".join(f"{name}: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 1
-    refresh_global_settings_context()  # Prefect read the environment when it was imported
-    try:
-        state = run()
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print(f"{name}: {state.name}: {state.message}")
-    return 0 if state.is_completed() else 1
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the flow in this process; returns 0 if it completed."""
-    parser = argparse.ArgumentParser(prog="python -m flows.train_dit", description=train_dit.description)
-    parser.add_argument("--preset", help="settings: a file in presets/")
-    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="train.max_steps=1000")
-    parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run it although nothing changed")
-    parser.add_argument("--source", help="other images: a folder, an archive, s3://bucket/prefix")
-    parser.add_argument("--no-push", dest="push", action="store_false", help="keep the results on this machine")
-    parser.add_argument("--pool", help="the work pool of whatever needs an accelerator")
-    parser.add_argument("--anyway", action="store_true", help="start although the preflight advises against it")
+    parser = terminal.options(train_dit, "train_dit")
+    parser.add_argument("--force", action="append", metavar="STAGE", help="run it although nothing changed")
     told = vars(parser.parse_args(arguments))
-    told |= {name: told[name] or None for name in ("set", "force")}
-
-    def check() -> None:  # before a server is started
-        workplace.refuse(Path.cwd(), Wanted(told["preset"], tuple(told["set"] or ()), told["source"]))
-        if told["force"]:
-            plan(Path.cwd(), told["force"])
-
-    return in_this_process(lambda: train_dit(**told, return_state=True), check, "train-dit")
+    return terminal.run(train_dit, told, lambda: plan(Path.cwd(), told["force"]) if told["force"] else None)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
+from dit import entry
 from flows import dag, display, events, onhosts
 from flows.workplace import Workplace
 
 STAGE_RETRIES, RETRY_SECONDS = 3, 10.0  # where params.yaml's section `run` says nothing else
-AFRESH = "DIT_AFRESH"  # tells a stage (see `dit.resume`) that what is finished already is not meant
 AGAIN = {"interrupted": "Interrupted", "lost": "Lost"}
 SLOWER = 6.0  # each wait is so many times the one before
 
@@ -37,7 +37,7 @@ class Stopped(Exception):
 def run_stage(name: str, place: Workplace, force: bool) -> State:
     """One stage by DVC. A State tells the outcome: Completed, Cached; Failed, or what another try may mend (AGAIN)."""
     log = get_run_logger()
-    afresh = {AFRESH: "1"} if force else {}
+    afresh = {entry.AFRESH: "1"} if force else {}
     with display.following(place.root, log.info) as environment:
         result = dag.run_stage(
             name,

@@ -26,6 +26,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def server():
+    """A Prefect server of its own on a fresh database, for one test file."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """golden("posemb") gives the tensors of tests/golden/posemb.safetensors, and the file's `config`."""

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: "embedders blocks model cost timesteps diffusion denoising transport sampling likelihood stochastic ema alignment objective",
-    1: "addresses paths locks retraining workload staleness onednn uncertainty nearest copies perclass config presets parallel randomness progress schedule runtime places archives files sources arrays samples shards tars imagesets survey expectations start latents vae torchvision_cpu classifier evaluation inception weights extractors features neighbourhoods metrics "
+    1: "addresses pipeline paths locks retraining workload staleness onednn uncertainty nearest copies perclass config presets parallel randomness progress schedule runtime places archives files sources arrays samples shards tars imagesets survey expectations start latents vae torchvision_cpu classifier evaluation inception weights extractors features neighbourhoods metrics "
     "checkpoint acceleration embeddings setting generation drawing snapshots grids contest learner trainer initial finetune estimate info workload staleness solvers interop foreign diffusers_folder importing exporting published_dit trajectory scoretable scorecard papers foreign_statistics references",
     2: "entry reuse resume tracking storage store outbox provenance registry recording packing served preview reach",
     3: "stages",

@@ -17,15 +17,6 @@ DATA = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A Prefect server of its own on a fresh database, for this file."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A folder with params.yaml and two images."""

@@ -16,15 +16,6 @@ from flows.workplace import Wanted
 toy, toy_template = toy_pipeline.toy, toy_pipeline.toy_template
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A Prefect server of its own on a fresh database, for this file."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture
 def run(server, toy, monkeypatch):
     """Run the flow in the toy checkout; gives its state and {task: (state's name, message)}."""

@@ -1,6 +1,5 @@
 """flows/hosts.py and what it stands on, against a Kubernetes of one machine whose pods are real processes."""
 
-import ast
 import json
 import os
 import signal
@@ -394,15 +393,6 @@ def test_without_a_cluster_one_line_says_so(root, monkeypatch, tmp_path):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     status, message, _ = go(root)
     assert status == "failed" and message.startswith("no Kubernetes cluster: ") and "\n" not in message
-
-
-def test_the_shared_stages_are_those_that_say_so():
-    shared = set()
-    for file in (ROOT / "dit" / "stages").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and any(word.arg == "together" for word in node.keywords):
-                shared.add(file.stem)
-    assert shared == manifests.TOGETHER
 
 
 def test_the_command_of_each_host():

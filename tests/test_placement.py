@@ -17,11 +17,9 @@ NAME = "train-dit/on-gpu"
 
 
 @pytest.fixture(scope="module")
-def client():
-    """A client of a Prefect server of its own, on a fresh database, which knows `train-dit/on-gpu`."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120), get_client(sync_client=True) as client:
+def client(server):
+    """A client of a Prefect server which knows `train-dit/on-gpu`."""
+    with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="gpu", type="process"))
         flow_id = client.create_flow_from_name("train-dit")
         client.create_deployment(flow_id, "on-gpu", work_pool_name="gpu", entrypoint="x:y", parameters={})

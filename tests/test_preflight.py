@@ -105,7 +105,7 @@ def test_what_is_missing_is_refused_unless_anyway(project):
     ]
     with pytest.raises(ValueError) as caught:
         refuse(missing)
-    assert str(caught.value).splitlines() == [*missing.faults, preflight.ANYWAY]
+    assert str(caught.value).splitlines() == [*missing.faults, preflight.HOW_ANYWAY]
     refuse(missing, anyway=True)
     elsewhere = told(
         project, device="H100", elsewhere=True
@@ -168,7 +168,7 @@ def test_a_person_is_told_and_refused(project, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "images out of reach" in out and "on 1 x L4" in out
     first, last = err.splitlines()
-    assert first.startswith("dit: data.source: the folder 'nowhere'") and last.endswith(preflight.ANYWAY)
+    assert first.startswith("dit: data.source: the folder 'nowhere'") and last.endswith(preflight.HOW_ANYWAY)
     assert main(["check", "--stale", "train", "--anyway"]) == 0
     assert capsys.readouterr().err == f"{first}\n"
     assert main(["check", "--json", "--stale", ""]) == 0

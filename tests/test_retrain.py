@@ -59,15 +59,6 @@ run: {retry_seconds: 0.1, stage_retries: 1}
 
 
 @pytest.fixture(scope="module")
-def server():
-    """A Prefect server of its own on a fresh database, for this file."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-@pytest.fixture(scope="module")
 def template(tmp_path_factory):
     root = tmp_path_factory.mktemp("template") / "gallery"
     root.mkdir()

@@ -46,15 +46,6 @@ json.dump({"settings": {"plain": {}, "cfg1.5": figures}}, open("artifacts/evalua
 WIDTHS = {"narrow": ["model.hidden_size=64"], "wide": ["model.hidden_size=160"]}
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A Prefect server of its own on a fresh database, for this file."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout with the digits' settings."""

@@ -8,10 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit import workload
-from dit.check import STAGES, latent_factor, stage_functions
+from dit.check import latent_factor, stage_functions
 from dit.config import check_sections
 from dit.estimate import device_named
 from dit.expectations import Machine
+from dit.pipeline import SHARED, STAGES
 from dit.presets import resolve
 from dit.retraining import RetrainConfig
 from dit.vae import import_diffusers
@@ -81,7 +82,7 @@ def test_several_devices_share_what_torchrun_may_share(tmp_path):
     eight = workload.seconds(sections, network, 1000, speeds, devices=8, cores=2)
     shared = {name for name in STAGES if eight[name] < alone[name]}
     told = {name for name in STAGES if "together=True" in (ROOT / "dit" / "stages" / f"{name}.py").read_text()}
-    assert shared == told == set(workload.SHARED)
+    assert shared == told == SHARED
 
 
 def test_guidance_in_an_interval_costs_that_part_of_it(tmp_path):
