@@ -37,9 +37,8 @@ def test_what_has_no_process_starts_again_or_is_over(server, begun, tmp_path):
     pending, alive = begun(Pending()), begun(Running())
     tired = begun(*[state for _ in range(6) for state in (Running(), Crashed())], Running())
     environment = {**os.environ, lost.RUN_ID: str(alive().id)}
-    process = services.start(
-        tmp_path, "flow", [sys.executable, "-c", "import time; time.sleep(100)"], environment, tmp_path
-    )
+    command = [sys.executable, "-c", "import time; time.sleep(100)", "prefect.engine"]  # as a worker starts a flow
+    process = services.start(tmp_path, "flow", command, environment, tmp_path)
     try:
         assert list(lost.flows(tmp_path)) == [process.pid]
         names = lost.settle(server, tmp_path)

@@ -195,7 +195,7 @@ def test_training_starts_from_the_champion_s_number(server, gallery):
 
 def started_from(root):
     """train.init_from of the newest run."""
-    commit = worktrees.last_success(root, "my_photos", "gallery")
+    commit = worktrees.last_success(root, "my_photos")
     file = root / "scratch" / "theirs.yaml"
     file.write_text(worktrees.git(root, "show", f"{commit}:params.yaml"))
     return read_params(file)["train"]["init_from"]
