@@ -9,31 +9,49 @@ import torch
 
 from dit.parallel import local_rank
 
+NOT_NEGATIVE = (
+    *("num_threads", "device_batch_size", "preview_every_steps", "score_every_steps", "processes", "restarts"),
+    *("cache_gb", "time_limit_minutes", "stage_retries", "retry_seconds"),
+)
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """How the work is done, not what is computed: no stage becomes stale by a change here."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps", "tpu"] = "auto"
+    processes: int = 0  # of a stage on this machine; 0 = one for each accelerator, one on a CPU
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: fsdp where a copy of all a process holds would not fit
+    restarts: int = 3  # of a stage's processes, when one of several is lost
     num_threads: int = 1  # per process, on a CPU; 0 = as many as there are cores
     device_batch_size: int = 0  # images in one forward-backward pass; 0 = the whole global batch
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: where the work ahead repays it
+    activation_checkpointing: bool = False  # less memory for activations, a third more work
+    deterministic: bool = False  # the same bits each time on an accelerator too, slower
+    latents: Literal["auto", "memory", "mapped", "streamed"] = "auto"
+    latents_from: str | None = None  # s3://bucket/prefix that holds what artifacts/encode would, for streamed
+    cache_gb: float = 50.0  # of streamed shards kept on this machine's disk
     log_every_steps: int = 50
     checkpoint_every_steps: int = 400
     keep_checkpoints: int = 2
+    mirror: str | None = None  # s3://bucket/prefix or a folder that gets each state too; null = none
+    time_limit_minutes: float = 0.0  # training saves and stops before it; 0 = none (a batch system's own is known)
+    max_bad_steps: int = 10  # skipped in a row, because loss or gradient is not finite, until training gives up
+    score_every_steps: int = 0  # the held-out loss of the average; 0 = never
     preview_every_steps: int = 0  # 0 = none but the last
     experiment: str = "dit"
     stage_retries: int = 3  # of a flow: how often a stage that was lost, or out of reach of something, is tried again
     retry_seconds: float = 10.0  # before the first of them; each later wait is six times as long
 
     def __post_init__(self) -> None:
-        for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+        for name in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_threads > 4 * (os.cpu_count() or 1):
             raise ValueError(
                 f"num_threads must be at most {4 * (os.cpu_count() or 1)} on this machine, got {self.num_threads}"
             )
-        for name in ("num_threads", "device_batch_size", "preview_every_steps", "stage_retries", "retry_seconds"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

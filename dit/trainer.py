@@ -47,6 +47,9 @@ class TrainConfig:
     snapshot_every_steps: int = 0  # averages kept along the way; 0 = only the last
     init_from: str | None = None  # a checkpoint folder, models:/NAME@ALIAS or models:/NAME/VERSION; null = drawn
     precision: Literal["fp32", "bf16"] = "fp32"
+    classes: Literal["natural", "balanced"] | dict[str, float] = "natural"  # how often each is seen
+    shuffle_window: int = 0  # images shuffled together, in whole shards; 0 = all
+    data_parts: int = 1  # parts that the data is dealt into, for hosts that read their own only
     seed: int = 0
 
     def __post_init__(self) -> None:
