@@ -31,7 +31,8 @@ from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.paths import Paths, publish
 from dit.runtime import RunConfig
-from dit.trainer import TrainConfig, fit
+from dit.trainer import fit
+from dit.training import TrainConfig
 
 SETTING = Setting("heun12", 1.5, "heun", 12)
 
@@ -39,9 +40,8 @@ SETTING = Setting("heun12", 1.5, "heun", 12)
 def half(data: LatentDataset, classes: list[int]) -> LatentDataset:
     """The latents of these classes only, numbered anew."""
     mask = torch.isin(data.tensors["label"], torch.tensor(classes))
-    data.tensors = {key: tensor[mask] for key, tensor in data.tensors.items()}
-    data.tensors["label"] = torch.searchsorted(torch.tensor(classes), data.tensors["label"])
-    data.size = int(mask.sum())
+    tensors = {key: tensor[mask] for key, tensor in data.tensors.items()}
+    data.hold(tensors | {"label": torch.searchsorted(torch.tensor(classes), tensors["label"])})
     return data
 
 
@@ -77,7 +77,8 @@ class Half:
             for sentence in adopt(network, *initial, told["classes"]):
                 print(sentence)
         config = replace(config, max_steps=steps[-1], lr=lr, lr_schedule="constant", snapshot_every_steps=0)
-        data = half(LatentDataset(self.paths.artifacts / "encode", config.seed, config.global_batch_size), self.classes)
+        encoded, size = self.paths.artifacts / "encode", config.global_batch_size
+        data = half(LatentDataset(encoded, config.seed, size, where="memory"), self.classes)
         kept: dict[int, Checkpoint] = {}
 
         def observe(step: int, average: Any) -> None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from dit import acceleration, runtime
+from dit import onednn, runtime
 from dit.checkpoint import Checkpoint
 from dit.cost import macs
 from dit.generation import generate_latents, latent_noise
@@ -141,19 +141,19 @@ def matrix_products(device: torch.device) -> dict[str, Callable[[], Tensor]]:
     """Square matrix products: torch's, and on a CPU oneDNN's too, where drawing uses it."""
     a, b, bias = (torch.randn(shape, device=device) for shape in (2 * (MATRIX_SIDE,), 2 * (MATRIX_SIDE,), MATRIX_SIDE))
     products = {"torch": lambda: a @ b}
-    if device.type == "cpu" and acceleration.available():
-        products["oneDNN"] = lambda: acceleration.linear(a, b, bias)
+    if device.type == "cpu" and onednn.available():
+        products["oneDNN"] = lambda: onednn.linear(a, b, bias)
     return products
 
 
-def seconds(work: Callable[[], Tensor], device: torch.device) -> float:
-    """Wall-clock seconds of one call, until its result is there."""
+def seconds(work: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call, until its result is there; the clock's, if no other is given."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
-    start = time.perf_counter()
+    start = clock()
     work()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @torch.no_grad()

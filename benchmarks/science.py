@@ -31,7 +31,8 @@ from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.paths import Paths, publish
 from dit.runtime import RunConfig, pick_device
-from dit.trainer import TrainConfig, fit
+from dit.trainer import fit
+from dit.training import TrainConfig
 
 ROWS = Path("docs/science/rows.jsonl")
 SIZES = {"S": (64, 2, 2), "M": (128, 4, 4), "L": (192, 6, 6)}  # hidden size, depth, heads
@@ -166,9 +167,9 @@ def train(trial: Trial, paths: Paths, device: torch.device) -> Checkpoint:
     objective = parse("objective", trial.objective, ObjectiveConfig)
     settings = {"lr_schedule": "cosine", "warmup_steps": 50, "ema_decay": 0.998, "ema_warmup": True}
     config = TrainConfig(trial.steps, 64, trial.lr, **settings, seed=trial.seed)
-    data = LatentDataset(paths.artifacts / "encode", config.seed, config.global_batch_size)
+    data = LatentDataset(paths.artifacts / "encode", config.seed, config.global_batch_size, where="memory")
     if objective.alignment.weight:
-        data.tensors["features"] = image_features(paths)
+        data.hold(data.tensors | {"features": image_features(paths)})
     run = RunConfig(log_every_steps=200, checkpoint_every_steps=10**9)
     began = time.monotonic()
     losses: list[float] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: the self-contained model folder that people use, and the training state that a run resumes from.
+"""Checkpoints: the self-contained model folder that people use. (What a training goes on from is in states.py.)
 
 Everything is safetensors and JSON: nothing is pickled, nothing runs code when it is opened.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit.model import DiT, ModelConfig
-from dit.paths import file_sha256, replacing, write_json
+from dit.paths import replacing, write_json
 
 FORMAT = "dit-checkpoint/1"
 WEIGHTS, CONDITIONS = "model.safetensors", "conditions.safetensors"
@@ -111,40 +111,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def power_file(sigma_rel: float, step: int) -> str:
     """The file of a power-function average of this relative width: power-0.05-00000400.safetensors."""
     return f"power-{sigma_rel}-{step:08d}.safetensors"
-
-
-@dataclass
-class TrainingState:
-    """All that training needs to go on at `step`: tensors by name, and plain values."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
-
-
-def save_state(folder: Path, state: TrainingState, keep: int) -> None:
-    """Add a state to the folder, and let go of all but the last `keep`.
-
-    The sidecar with the digest is written after the tensors: a state counts once it is complete.
-    """
-    name = f"step-{state.step:08d}"
-    save_tensors(folder / f"{name}.safetensors", state.tensors)
-    sidecar = {"step": state.step, "sha256": file_sha256(folder / f"{name}.safetensors"), "values": state.values}
-    write_json(folder / f"{name}.json", sidecar)
-    for old in sorted(folder.glob("step-*.json"))[:-keep]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
-
-
-def latest_state(folder: Path) -> TrainingState | None:
-    """The last state that is whole; torn ones are named and passed over."""
-    for sidecar in sorted(folder.glob("step-*.json"), reverse=True):
-        tensors = sidecar.with_suffix(".safetensors")
-        try:
-            told = json.loads(sidecar.read_text())
-            if file_sha256(tensors) == told["sha256"]:
-                return TrainingState(told["step"], load_tensors(tensors), told["values"])
-        except (ValueError, KeyError, TypeError, OSError):
-            pass
-        print(f"{tensors} is torn: passed over for the state before it")
-    return None

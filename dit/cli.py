@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dit import __version__
+from dit import __version__, trial
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", dest="as_json", help="for programs")
     command.set_defaults(run=info)
 
+    trial.add_command(commands)
     _add_evaluate(commands)
     _add_notify(commands)
     _add_servers(commands)

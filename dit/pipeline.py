@@ -2,4 +2,4 @@
 
 STAGES = ("scan", "shard", "vae", "encode", "reference", "train", "ema", "sample", "evaluate", "register", "report")
 ACCELERATED = frozenset({"vae", "encode", "reference", "train", "sample", "evaluate"})
-SHARED = frozenset({"reference", "sample", "evaluate"})  # what several processes, started by torchrun, do as one
+SHARED = frozenset({"encode", "reference", "train", "sample", "evaluate"})  # what several processes do as one

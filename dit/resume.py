@@ -3,6 +3,9 @@
 scratch/train/<digest of the mathematics>/ holds the states, and work.json: the code that made them, the MLflow run,
 and, once exported, the hash under which DVC would record the result. It is the same folder for all worktrees of a
 checkout (`Paths.memory`), and an OS lock for each training keeps two of them from being at it at once.
+
+run.mirror holds the same at train/<digest>-<beginning of the code's digest>/, for other machines: what is newer there
+is taken over, and code that changed begins beside what the old one left.
 """
 
 import hashlib
@@ -10,15 +13,21 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dit import entry, locks
-from dit.checkpoint import TrainingState, latest_state
+from dit import entry, locks, parallel, storage
 from dit.config import read_params
+from dit.files import is_bucket
+from dit.mirror import FolderShelf, Mirror
+from dit.parallel import World
 from dit.paths import Paths, write_json
+from dit.runtime import RunConfig
+from dit.states import SavedState, latest_state
+
+T = TypeVar("T")
 
 KEEP = 4  # trainings whose state is kept
 WAIT_SECONDS = 7 * 86400  # for so long one that was interrupted is kept beside them
@@ -26,41 +35,76 @@ CONTINUE = "DIT_CONTINUE"
 
 
 class Work:
-    """A training's folder, what is noted about it, and the state to go on from (None: start afresh)."""
+    """A training's folder, what is noted about it, and the state to go on from (None: start afresh).
 
-    def __init__(self, folder: Path, notes: dict[str, Any], state: TrainingState | None):
-        self.folder, self.notes, self.state = folder, notes, state
+    Several processes have the same one; the main process alone writes what is noted, and has the mirror, if one is set.
+    """
 
-    def take(self) -> TrainingState | None:
-        """The state, which is let go of here: some GB for a large model."""
-        state, self.state = self.state, None
-        return state
+    def __init__(
+        self,
+        folder: Path,
+        notes: dict[str, Any],
+        state: SavedState | None,
+        *,
+        mirror: Mirror | None = None,
+        main: bool = True,
+    ):
+        self.folder, self.notes, self.state, self.mirror, self.main = folder, notes, state, mirror, main
 
     def note(self, **notes: Any) -> None:
         """Add to work.json."""
         self.notes |= notes
-        write_json(self.folder / "work.json", self.notes)
+        if self.main:
+            write_json(self.folder / "work.json", self.notes)
 
 
 @contextmanager
-def begun(paths: Paths, name: str, max_steps: int) -> Iterator[Work]:
+def begun(
+    paths: Paths, name: str, max_steps: int, *, run: RunConfig | None = None, world: World | None = None
+) -> Iterator[Work]:
     """The work folder of the training called `name` (its mathematics' digest), which is this process's in the block.
 
     It is continued if it was made by the same code and is not done, or is done and DVC does not know the result yet
     (it was killed in between, or another worktree did it). Otherwise it is set aside, and one line says how to continue
-    it instead. Another process at the same training is waited for: what it has finished is there then.
+    it instead. Another process at the same training is waited for: what it has finished is there then. A state in
+    `run.mirror` that is newer than the one here is brought here first.
+
+    Of several processes the main one does all this, and the others get what it found, or raise what it raised.
     """
-    with locks.held(_lock(paths, name), _waiting):
-        work = _begin(paths, name, max_steps)
-        _prune(paths, work.folder)
-        yield work
+    us = world or parallel.world()
+    with locks.held(_lock(paths, name), _waiting) if us.main else nullcontext():
+        work = None
+
+        def begin() -> tuple[Path, dict[str, Any], SavedState | None]:
+            nonlocal work
+            work = _begin(paths, name, max_steps, run or RunConfig())
+            _prune(paths, work.folder)
+            return work.folder, work.notes, work.state
+
+        told = _told_to_all(us, begin)
+        yield work or Work(*told, main=False)
+
+
+def _told_to_all(us: World, find: Callable[[], T]) -> T:
+    """What the main process finds, at every process; or what it raises."""
+    found: T | Exception | None = None
+    if us.main:
+        try:
+            found = find()
+        except Exception as error:
+            us.share(error)
+            raise
+    found = us.share(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _waiting(line: str) -> None:
     print(f"train: {line}: it is at this training, and what it finishes is taken over")
 
 
-def _begin(paths: Paths, name: str, max_steps: int) -> Work:
+def _begin(paths: Paths, name: str, max_steps: int, run: RunConfig) -> Work:
     folder, code = _trainings(paths) / name, code_digest(paths)
     wanted = os.environ.get(CONTINUE)
     if wanted and _notes(folder).get("continued") != wanted:  # else it is back already, and was interrupted since
@@ -78,13 +122,42 @@ def _begin(paths: Paths, name: str, max_steps: int) -> Work:
         print(f"a training of {state.step} steps is there already: starting afresh (the old state is {aside})")
         state = None
     folder.mkdir(parents=True, exist_ok=True)
-    work = Work(folder, _notes(folder) or {"code": code}, state)
+    work = Work(folder, _notes(folder) or {"code": code}, state, mirror=open_mirror(paths, folder, code, run))
+    if work.mirror is not None:
+        state = work.state = _newest(work, max_steps, finished=bool(known))
     if state and state.step < max_steps:
         work.notes.pop("export", None)
     work.note()
     if state:
         print(f"going on at step {state.step} of {max_steps}")
     return work
+
+
+def open_mirror(paths: Paths, folder: Path, code: str, run: RunConfig) -> Mirror | None:
+    """What run.mirror names as the place of this training's states; None where it names nothing.
+
+    Raises ValueError, one line, where it can't be that.
+    """
+    if run.mirror is None:
+        return None
+    place = f"{run.mirror.rstrip('/')}/train/{folder.name}-{code[:8]}".rstrip("-")
+    shelf = storage.Bucket(place, "run.mirror") if is_bucket(place) else FolderShelf(place, paths.given(place))
+    return Mirror(shelf, folder, run.keep_checkpoints)
+
+
+def _newest(work: Work, max_steps: int, *, finished: bool) -> SavedState | None:
+    """The state here, or a newer one from the mirror, with its notes."""
+    mirror, here = work.mirror, work.state
+    there = max((step for step in mirror.steps() if step <= max_steps), default=-1)
+    if finished and there == max_steps:  # as with one here: it is made again
+        mirror.instead = True
+        return here
+    newer = mirror.fetch(above=here.step if here else -1, up_to=max_steps)
+    if newer is None:
+        return here
+    print(f"run.mirror: took the state of step {newer.step} from {mirror.shelf.name}")
+    work.notes |= {name: told for name, told in mirror.notes().items() if name not in ("code", "export")}
+    return newer
 
 
 def _trainings(paths: Paths) -> Path:

@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dit.config import read_params
 from dit.paths import Paths, write_atomic
 
 MOST_ENTRIES = 100_000
+HASHING = min(8, os.cpu_count() or 1)  # files at a time
 LIVING = "lock"  # beside a run's unfinished files: held as long as its process lives
 
 
@@ -92,6 +94,16 @@ def fetch(index: Index, digest: str, destination: Path) -> dict[str, Any] | None
     return None
 
 
+def fetch_all(index: Index, wanted: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """`fetch` of each digest to its destination, several at a time: what is remembered, by digest, of those there are."""
+    pool = ThreadPoolExecutor(HASHING)
+    try:
+        found = pool.map(lambda digest: fetch(index, digest, wanted[digest]), wanted)
+        return {digest: entry for digest, entry in zip(wanted, found, strict=True) if entry}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def remember(index: Index, digest: str, file: Path, note: Any = None) -> dict[str, Any]:
     """Remember that `file` was made from `digest`, with a note (any JSON) that `fetch` gives back beside it."""
     md5, sha256 = _hash(file, hashlib.md5(usedforsecurity=False), hashlib.sha256())
@@ -101,6 +113,23 @@ def remember(index: Index, digest: str, file: Path, note: Any = None) -> dict[st
     _link(file, index.unfinished / digest)
     write_atomic(index.unfinished / f"{digest}.json", json.dumps(entry).encode())
     return entry
+
+
+def part(index: Index) -> Index:
+    """What another process that works for the one with this index needs to `remember` in its place; small to send."""
+    return replace(index, entries={}, used={})
+
+
+def join(index: Index, made: Mapping[str, dict[str, Any]]) -> None:
+    """Take over what another process remembered in its `part` of this index, by digest."""
+    for digest, entry in made.items():
+        index.entries[digest] = entry
+        _use(index, digest, entry)
+
+
+def is_remembered(index: Index, digest: str) -> bool:
+    """Whether this run, by whichever of its processes, or one that was killed before it, has made this file."""
+    return (index.unfinished / f"{digest}.json").exists()
 
 
 def _use(index: Index, digest: str, entry: dict[str, Any]) -> None:

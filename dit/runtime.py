@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from dit.parallel import local_rank
+from dit.parallel import local_rank, local_size
 
 NOT_NEGATIVE = (
     *("num_threads", "device_batch_size", "preview_every_steps", "score_every_steps", "processes", "restarts"),
@@ -59,6 +59,11 @@ class RunConfig:
 def start(run: RunConfig) -> torch.device:
     """Choose the device, the number of threads and how float32 is multiplied; call once, before any tensor work."""
     device = pick_device(run.device)
+    if device.index:
+        torch.accelerator.set_device_index(device.index)  # processes exchange what lies on the current one
+    if device.type != "cpu" and run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when its first product is made
+        torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         # TensorFloat-32: the published models were trained and drawn with it, and in full float32 a step takes some times
         # as long.
@@ -66,18 +71,32 @@ def start(run: RunConfig) -> torch.device:
     if device.type == "cpu":
         # One thread is the better default on a small machine: matrix products here are small, and a second
         # thread that has to wait for a busy core costs more than it ever saves.
-        torch.set_num_threads(run.num_threads or os.cpu_count() or 1)
+        torch.set_num_threads(run.num_threads or max(1, (os.cpu_count() or 1) // local_size()))
     return device
 
 
 def pick_device(wanted: str) -> torch.device:
     """The device named, or the best there is for `auto`; of several processes each its own. Raises ValueError where the machine lacks it."""
+    kind, count = accelerators(wanted)
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank() % count)
+
+
+def accelerators(wanted: str) -> tuple[str, int]:
+    """The type of device that is named, or the best there is for `auto`, and how many of it are visible; a CPU is one.
+
+    Raises ValueError where the machine lacks it.
+    """
+    if wanted == "tpu":
+        try:
+            import torch_tpu  # noqa: F401 (it makes the device known to torch)
+        except ImportError:
+            raise ValueError("run.device: tpu needs torch_tpu: pip install 'dit-pipeline[tpu]'") from None
     available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "cpu" or (wanted == "auto" and available is None):
-        return torch.device("cpu")
+        return "cpu", 1
     if available is None or (wanted != "auto" and available.type != wanted):
         raise ValueError(f"run.device: this machine has no {wanted!r}: use auto or cpu")
-    return torch.device(available.type, local_rank() % torch.accelerator.device_count())
+    return available.type, torch.accelerator.device_count()
 
 
 def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> AbstractContextManager:

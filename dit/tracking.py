@@ -4,7 +4,6 @@ The files under artifacts/ are the truth and MLflow mirrors them. So whatever fa
 pipeline goes on: nobody waits for a server that does not answer, and a training does not even wait for one that does.
 """
 
-import csv
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 from dit import store
 from dit.config import digest
+from dit.curves import read_losses
 from dit.outbox import BATCH, Point
 from dit.paths import Paths, file_sha256
 from dit.provenance import provenance, settings
@@ -203,9 +203,8 @@ def _log_points(client: Any, run_id: str, points: list[Point]) -> None:
 
 def _replay(client: Any, run_id: str, paths: Paths) -> None:
     moment, scores = now(), paths.artifacts / "evaluate" / "metrics.json"
-    with open(paths.artifacts / "train" / "loss.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    points = [Point(k, float(v), moment, int(row["step"])) for row in rows for k, v in row.items() if k != "step" and v]
+    rows = read_losses(paths.artifacts / "train" / "loss.csv")
+    points = [Point(k, v, moment, int(row["step"])) for row in rows for k, v in row.items() if k != "step"]
     if scores.is_file():
         points += [Point(k, v, moment, 0) for k, v in figures(json.loads(scores.read_text())["settings"]).items()]
     _log_points(client, run_id, points)

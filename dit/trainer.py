@@ -1,111 +1,38 @@
 """The training loop. It knows tensors and steps; where things are logged and saved is the caller's business.
 
 All randomness of a step is drawn from (seed, step) for the whole global batch, and the batch itself is a function of
-the step. So what a run computes does not depend on where it was stopped, and the split into device batches changes
-only the rounding.
+the step. So what a run computes does not depend on where it was stopped, and the split into processes and device
+batches changes only the rounding. Nothing in a step waits for the device: what has to be known is asked at the log
+interval.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
 from copy import copy
-from dataclasses import asdict, dataclass
-from typing import Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dit import ema
 from dit.alignment import new_projector, require_alignment
-from dit.checkpoint import TrainingState, network_config
+from dit.feeding import Feed
 from dit.latents import LatentDataset, draw, pick_features
 from dit.learner import Learner
 from dit.model import DiT
-from dit.objective import ObjectiveConfig, loss_of, times
+from dit.monitor import COLUMNS, Monitor, scaled_time
+from dit.objective import ObjectiveConfig, times
+from dit.parallel import Agreement, World, world
 from dit.progress import Progress
 from dit.randomness import generator
 from dit.runtime import RunConfig, autocast
-from dit.schedule import warmup_cosine
+from dit.states import SavedState, TrainingState
+from dit.training import TrainConfig
+from dit.wrapping import Wrapped
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything about training that changes the weights."""
-
-    max_steps: int  # 0, where init_from is set: its weights pass straight on
-    global_batch_size: int
-    lr: float
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = 0.0  # 0 = off
-    class_dropout_prob: float = 0.1
-    ema_decay: float = 0.9999
-    ema_warmup: bool = False
-    power_ema: tuple[float, ...] = ()  # relative widths of power-function averages, kept at every snapshot
-    snapshot_every_steps: int = 0  # averages kept along the way; 0 = only the last
-    init_from: str | None = None  # a checkpoint folder, models:/NAME@ALIAS or models:/NAME/VERSION; null = drawn
-    precision: Literal["fp32", "bf16"] = "fp32"
-    classes: Literal["natural", "balanced"] | dict[str, float] = "natural"  # how often each is seen
-    shuffle_window: int = 0  # images shuffled together, in whole shards; 0 = all
-    data_parts: int = 1  # parts that the data is dealt into, for hosts that read their own only
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_steps < (self.init_from is None):
-            least = "at least 1 (0 is for train.init_from)" if self.init_from is None else "0 or more"
-            raise ValueError(f"max_steps must be {least}, got {self.max_steps}")
-        if self.global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
-        if self.init_from is not None and not self.init_from.strip():
-            raise ValueError("init_from must be null, a checkpoint folder or models:/NAME@ALIAS, got an empty text")
-        self._check_power_ema()
-        for name in ("warmup_steps", "snapshot_every_steps", "grad_clip", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
-        if not 0 < self.lr < 10:
-            raise ValueError(f"lr must be above 0 and below 10, got {self.lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
-        for name in ("class_dropout_prob", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-
-    def _check_power_ema(self) -> None:
-        for width in self.power_ema:
-            if not 0 < width < ema.SIGMA_REL_LIMIT:
-                raise ValueError(
-                    f"power_ema must be above 0 and below {ema.SIGMA_REL_LIMIT:.4f}, got {list(self.power_ema)}"
-                )
-        if len(set(self.power_ema)) < len(self.power_ema):
-            raise ValueError(f"power_ema must not name a width twice, got {list(self.power_ema)}")
-        if self.power_ema and not self.max_steps:
-            raise ValueError("power_ema needs at least one step: set it to [] where max_steps is 0")
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step (0-based)."""
-        if self.lr_schedule == "cosine":
-            return self.lr * warmup_cosine(step, self.max_steps, self.warmup_steps)
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
-
-
-def mathematics(
-    network: DiT, objective: ObjectiveConfig, train: TrainConfig, latents: str, initial: str | None = None
-) -> str:
-    """The name of a training: a digest of all that decides its weights and averages at a given step.
-
-    `max_steps` is no part of it where the learning rate does not depend on it: raising it continues the same training.
-    `initial` is the digest of the weights that it begins with: what they are counts, and not where they lie.
-    """
-    settings = asdict(train)
-    del settings["init_from"]
-    if train.lr_schedule == "constant":
-        del settings["max_steps"]
-    told = [network_config(network), objective.active(), settings, latents, initial]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+Observer = Callable[[int, Callable[[], DiT]], None]
 
 
 def fit(
@@ -115,117 +42,140 @@ def fit(
     train: TrainConfig,
     run: RunConfig,
     *,
-    resume: TrainingState | None = None,
+    resume: SavedState | None = None,
     log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    speed: Callable[[int, float], dict[str, float]] = lambda step, waited: {},
     save: Callable[[TrainingState], None] = lambda state: None,
-    observe: Callable[[int, Callable[[], DiT]], None] = lambda step, average: None,
+    observe: Observer = lambda step, average: None,
+    score: Observer = lambda step, average: None,
     should_stop: Callable[[], bool] = lambda: False,
+    last_good: Callable[[], str | None] = lambda: None,
 ) -> TrainingState:
     """Train `network` (on its device already) in place and return the state at the end, or where it was stopped.
 
-    `log(step, values)` every `run.log_every_steps`, `save(state)` every `run.checkpoint_every_steps` and at the end,
-    `observe(step, average)` every `run.preview_every_steps`, where `average()` builds the EMA network.
-    Raises ValueError with the step where the loss is not finite; nothing of it is saved.
+    Every process of the world calls it, with the same arguments. States are live: the next step changes their tensors.
+
+    `log(step, values)` every `run.log_every_steps` (with what `speed(step, seconds waited for data)` adds), and
+    `save(state)` every `run.checkpoint_every_steps`, at the snapshots, at the end, and when any process says
+    `should_stop()`. `observe(step, average)` every `run.preview_every_steps` and `score(step, average)` every
+    `run.score_every_steps`, on the main process, where `average()` builds the EMA network.
+
+    A step whose gradient is not finite is skipped. Raises ValueError where `run.max_bad_steps` in a row were; it names
+    the state that `last_good()` names.
     """
-    learner = new_learner(network, data, objective, train)
+    us, device, size = world(), network.pos_embed.device, train.global_batch_size
+    part = share(size, us)
+    projector = new_alignment(network, data, objective, train)
+    begin = resume.step if resume else 0
+    wrapped = Wrapped(network, projector, objective, train, run, us, steps_done=begin)
+    learner = Learner(
+        network, betas=train.betas, weight_decay=train.weight_decay, power_ema=train.power_ema, projector=projector
+    )
+    monitor = Monitor(device, size, us, max_bad_steps=run.max_bad_steps, last_good=last_good)
+    agreement, step, rows = Agreement(), begin, []
+    if resume:
+        resume.load_into(learner.tensors())
+        monitor.load(resume.values["monitor"])
+        rows = [list(row) for row in resume.values["rows"]]
     data = copy(data)
     for name in ("shift", "scale"):  # once: the host waits for each such copy
-        setattr(data, name, getattr(data, name).to(network.pos_embed.device))
-    step, rows, losses = 0, [], []
-    if resume is not None:
-        step, rows = resume.step, list(resume.values["rows"])
-        losses = list(resume.tensors["pending_losses"].to(network.pos_embed.device).unbind())
-        learner.unpack(resume)
-        resume = None  # some GB for a large model, and all of it is in the learner now
+        setattr(data, name, getattr(data, name).to(device))
 
     def state() -> TrainingState:
-        _require_finite(losses, step, learner.weights)
-        return learner.pack(step, losses, rows)
+        return TrainingState(step, learner.tensors(), {"rows": rows.copy(), "monitor": monitor.values()})
 
-    size = train.global_batch_size
     progress = Progress("train", train.max_steps * size, before=step * size)
     saved = None
     network.train()
-    while step < train.max_steps:
-        learner.optimizer.param_groups[0]["lr"] = train.lr_at(step)
-        losses.append(train_step(learner, data, objective, train, run, step))
-        learner.average(step, ema.decay_at(step, train.ema_decay, train.ema_warmup))
-        step += 1
-        last = step == train.max_steps
-        if step % run.log_every_steps == 0 or last:
-            _require_finite(losses, step)
-            loss = torch.stack(losses).mean().item()
-            rows.append([step, loss, train.lr_at(step - 1)])
-            losses.clear()
-            log(step, {"loss": loss, "lr": train.lr_at(step - 1)})
-        note = (
-            f" (step {step}/{train.max_steps}, loss {rows[-1][1]:.4f})" if rows else f" (step {step}/{train.max_steps})"
-        )
-        progress(train.global_batch_size, note)
-        if run.preview_every_steps and (step % run.preview_every_steps == 0 or last):
-            observe(step, learner.averaged_network)
-        stop = should_stop() and not last
-        snapshot = train.snapshot_every_steps and step % train.snapshot_every_steps == 0
-        saved = None
-        if step % run.checkpoint_every_steps == 0 or last or stop or snapshot:
-            saved = state()
-            save(saved)
-        if stop:
-            break
+    needed = partial(used, data, network, objective)
+    with Feed(data, range(step, train.max_steps), part, device, wanted=needed) as feed:
+        while step < train.max_steps:
+            with phase("data"):
+                batch = next(feed)
+            train_step(learner, wrapped, monitor, batch, data, objective, train, run, part, step)
+            with phase("average"):
+                learner.average(step, ema.decay_at(step, train.ema_decay, train.ema_warmup))
+            step += 1
+            last = step == train.max_steps
+            if step % run.log_every_steps == 0 or last:
+                row = monitor.row(step, train.lr_at(step - 1))
+                rows.append([row[name] for name in COLUMNS])
+                told = {name: value for name, value in row.items() if name != "step" and value is not None}
+                log(step, told | speed(step, feed.waited))
+            progress(size, note(step, train.max_steps, rows))
+            for every, look in ((run.preview_every_steps, observe), (run.score_every_steps, score)):
+                if every and (step % every == 0 or last):
+                    look_at(learner, us, step, look)
+            stop = agreement.ask(should_stop()) and not last
+            snapshot = train.snapshot_every_steps and step % train.snapshot_every_steps == 0
+            saved = None
+            if step % run.checkpoint_every_steps == 0 or last or stop or snapshot:
+                saved = state()
+                save(saved)
+            if stop:
+                break
+    agreement.settle()
     return saved or state()
 
 
-def new_learner(network: DiT, data: LatentDataset, objective: ObjectiveConfig, train: TrainConfig) -> Learner:
-    """The learner before its first step. Raises ValueError where the latents carry no features to align with."""
-    aligned, features = objective.alignment, data.tensors.get("features")
-    shape, mirrored = None if features is None else tuple(features.shape[1:]), "features_mirror" in data.tensors
-    require_alignment(aligned, network.config.depth, shape, mirrored=mirrored or not data.mirror)
-    projector, steps = None, aligned.stop_step or train.max_steps
-    if aligned.weight:
-        projector = new_projector(network.config.hidden_size, aligned, features.shape[-1], train.seed)
-        projector = projector.to(network.pos_embed.device)
-    return Learner(
-        network,
-        lr=train.lr,
-        betas=train.betas,
-        weight_decay=train.weight_decay,
-        power_ema=train.power_ema,
-        projector=projector,
-        projector_steps=steps,
-    )
+def used(data: LatentDataset, network: DiT, objective: ObjectiveConfig, step: int) -> list[str]:
+    """What a step needs of each image: features only while they are its condition, or tokens are aligned with them."""
+    featured = network.config.condition == "embeddings" or objective.alignment.active_at(step)
+    return [key for key in data.keys if featured or not key.startswith("features")]
+
+
+def share(size: int, us: World) -> slice:
+    """This process's images of a global batch of `size`. Raises ValueError where they cannot be shared out evenly."""
+    if size % us.size:
+        raise ValueError(
+            f"train.global_batch_size: {size} images are no whole number for each of {us.size} processes: "
+            "change it, or set run.processes"
+        )
+    each = size // us.size
+    return slice(us.rank * each, (us.rank + 1) * each)
+
+
+def new_alignment(
+    network: DiT, data: LatentDataset, objective: ObjectiveConfig, train: TrainConfig
+) -> nn.Module | None:
+    """The projector that tokens are aligned through, if they are. Raises ValueError where the latents' features do not
+    allow it."""
+    aligned, shape = objective.alignment, data.feature_shape
+    require_alignment(aligned, network.config.depth, shape, mirrored=data.has("features_mirror") or not data.mirror)
+    if not aligned.weight:
+        return None
+    return new_projector(network.config.hidden_size, aligned, shape[-1], train.seed).to(network.pos_embed.device)
 
 
 def train_step(
-    learner: Learner, data: LatentDataset, objective: ObjectiveConfig, train: TrainConfig, run: RunConfig, step: int
-) -> Tensor:
-    """One optimizer step on the global batch of `step`; returns its mean loss, still on the device."""
-    network, device = learner.network, learner.network.pos_embed.device
-    inputs = step_inputs(on_device(data.batch(step), network, objective, step), data, network, objective, train, step)
-    projector: nn.Module | None = learner.projector if objective.alignment.active_at(step) else None
-    N = train.global_batch_size
-    size = run.device_batch_size or N
-    learner.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
-    for start in range(0, N, size):
-        part = {key: tensor[start : start + size] for key, tensor in inputs.items()}
-        with autocast(device, train.precision):
-            loss = loss_of(network, objective, **part, projector=projector).sum() / N
-        loss.backward()
-        total += loss.detach()
-    if train.grad_clip:
-        torch.nn.utils.clip_grad_norm_(list(learner.trained.values()), train.grad_clip)
-    learner.optimizer.step()
-    return total
-
-
-def on_device(batch: dict[str, Tensor], network: DiT, objective: ObjectiveConfig, step: int) -> dict[str, Tensor]:
-    """A batch on the network's device; features only while they are its condition, or tokens are aligned with them."""
-    device = network.pos_embed.device
-    if network.config.condition != "embeddings" and not objective.alignment.active_at(step):
-        batch = {key: tensor for key, tensor in batch.items() if not key.startswith("features")}
-    if device.type == "cuda":  # from pinned memory it travels while the host goes on
-        batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+    learner: Learner,
+    wrapped: Wrapped,
+    monitor: Monitor,
+    batch: dict[str, Tensor],
+    data: LatentDataset,
+    objective: ObjectiveConfig,
+    train: TrainConfig,
+    run: RunConfig,
+    part: slice,
+    step: int,
+) -> None:
+    """One optimizer step, of which `batch` are this process's images, `part` of the global batch."""
+    device, aligned = learner.network.pos_embed.device, objective.alignment.active_at(step)
+    with phase("data"):
+        inputs = step_inputs(batch, data, learner.network, objective, train, step, part)
+    here = part.stop - part.start
+    size = min(run.device_batch_size or here, here)
+    learner.forget_gradients()
+    for start in range(0, here, size):
+        piece = {key: tensor[start : start + size] for key, tensor in inputs.items()}
+        with wrapped.exchanging(last=start + size >= here, aligned=aligned):
+            with phase("forward"), autocast(device, train.precision):
+                losses = wrapped.losses(piece)
+                loss = losses.sum() / (train.global_batch_size / wrapped.size)
+            loss.backward()
+        monitor.record(losses, scaled_time(piece["t"], objective))
+    with phase("optimizer"):
+        monitor.end_step(*learner.update(train.lr_at(step), train.grad_clip))
 
 
 def step_inputs(
@@ -235,25 +185,26 @@ def step_inputs(
     objective: ObjectiveConfig,
     train: TrainConfig,
     step: int,
+    part: slice = slice(None),
 ) -> dict[str, Tensor]:
-    """x, y, t and noise of a step's global batch: all randomness of the step, drawn in one fixed order.
+    """x, y, t and noise of a part of a step's global batch: all randomness of the step, drawn for the whole of it in one
+    fixed order.
 
-    `batch`, and the data's shift and scale, are on the network's device.
+    `batch` is that part's; it, and the data's shift and scale, are on the network's device.
 
     And `features` (N, L, E), the mirror image's where that was picked, while tokens are aligned with them. y is the
     labels or, for a network that is conditioned on embeddings, the features; the null condition where it is dropped.
     """
     mean, device = batch["mean"], batch["mean"].device
-    draws = generator(train.seed, "step", step, device=device)
-    N = len(mean)
-    posterior = torch.randn(mean.shape, generator=draws, device=device)
-    noise = torch.randn(mean.shape, generator=draws, device=device)
-    uniform, dropped, mirrored = torch.rand((3, N), generator=draws, device=device)
+    draws, N = generator(train.seed, "step", step, device=device), train.global_batch_size
+    posterior, noise = (torch.randn(N, *mean.shape[1:], generator=draws, device=device)[part] for _ in range(2))
+    uniform, dropped, mirrored = torch.rand((3, N), generator=draws, device=device)[:, part]
     mirror = mirrored < 0.5 if data.mirror else None
     inputs = {"x": draw(batch, data.shift, data.scale, posterior, mirror)}
     features = pick_features(batch, mirror) if "features" in batch else None
     if network.config.condition == "embeddings":
-        inputs["y"] = torch.where((dropped < train.class_dropout_prob).view(-1, 1, 1), network.null(N), features)
+        null = network.null(len(mean))
+        inputs["y"] = torch.where((dropped < train.class_dropout_prob).view(-1, 1, 1), null, features)
     elif network.num_classes == 0:
         inputs["y"] = torch.zeros_like(batch["label"])
     else:
@@ -263,12 +214,23 @@ def step_inputs(
     return inputs | {"t": times(uniform, objective), "noise": noise}
 
 
-def _require_finite(losses: list[Tensor], step: int, weights: Sequence[Tensor] = ()) -> None:
-    bad = (~torch.isfinite(torch.stack(losses))).nonzero().flatten().tolist() if losses else []
-    if not bad and all(torch.isfinite(weight).all() for weight in weights):
-        return
-    first = step - len(losses) + bad[0] + 1 if bad else step + 1  # infinite weights show in the next loss
-    raise ValueError(
-        f"train.lr: the loss is not finite at step {first}, nothing of it was saved: "
-        "lower train.lr, set train.grad_clip, or train.precision to fp32"
-    )
+def phase(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A mark in a trace (`dit.profiling`), and nothing where none is made: a mark costs as much as a small operation."""
+    return record_function(f"train/{name}") if torch.autograd._profiler_enabled() else contextlib.nullcontext()
+
+
+def look_at(learner: Learner, us: World, step: int, look: Observer) -> None:
+    """Let the main process look at the average; the others help to put it together where it is sharded."""
+    if learner.sharded:
+        network = learner.averaged_network(wanted=us.main)
+        average = lambda: network  # noqa: E731
+    else:
+        average = learner.averaged_network
+    if us.main:
+        look(step, average)
+
+
+def note(step: int, max_steps: int, rows: list[list[Any]]) -> str:
+    """What stands beside the progress: the step, and the last loss if there is one."""
+    loss = rows[-1][1] if rows else None
+    return f" (step {step}/{max_steps})" if loss is None else f" (step {step}/{max_steps}, loss {loss:.4f})"

@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 
-from dit.acceleration import Written, for_drawing
+from dit.acceleration import for_drawing, for_training
 from dit.model import DiT, ModelConfig
 from dit.onednn import available
+from dit.written import Drawing, Training
 
 fast = pytest.mark.skipif(not available(), reason="no faster form on this processor, or in this torch")
 DESIGNS = [
@@ -20,7 +21,7 @@ DESIGNS = [
 ]
 
 
-def network(design, **sizes):
+def network(design, trained=False, **sizes):
     torch.manual_seed(0)
     config = ModelConfig(
         "custom", **({"patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2} | sizes), **design
@@ -30,7 +31,7 @@ def network(design, **sizes):
     model = DiT(config, input_size=8, in_channels=4, num_classes=3, condition_shape=shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(trained)
 
 
 def inputs(model, N=6):
@@ -49,7 +50,7 @@ def test_the_twin_is_the_same_function(design):
 
 @fast
 def test_the_published_design_alone_is_written_out():
-    kinds = [isinstance(for_drawing(network(design)), Written) for design in DESIGNS]
+    kinds = [isinstance(for_drawing(network(design)), Drawing) for design in DESIGNS]
     assert kinds == [True, True, False, False, False, False, True, True]
 
 
@@ -74,3 +75,53 @@ def test_the_plain_network_is_used_where_nothing_is_known_to_be_faster():
         assert for_drawing(model) is model
     half = network({}).to(torch.bfloat16)
     assert for_drawing(half) is half
+
+
+def gradients(step, model, given, **asked):
+    """What `step` gives and what every parameter learns from it, the tapped tokens' part included."""
+    model.zero_grad(set_to_none=True)
+    outputs = step(*given, **asked)
+    outputs = outputs if asked else (outputs,)
+    sum((output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum() for output in outputs).backward()
+    return [*(output.detach() for output in outputs), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=str)
+@pytest.mark.parametrize("asked", [{}, {"tap": 1}], ids=["alone", "tapped"])
+def test_what_is_trained_is_the_same_function_with_the_same_gradients(design, asked):
+    model = network(design, trained=True)
+    x, t, y = inputs(model)
+    given = x, torch.linspace(0, 999, len(t)), y
+    expected = gradients(model, model, given, **asked)
+    found = gradients(for_training(model, precision="fp32"), model, given, **asked)
+    largest = max(float(tensor.abs().max()) for tensor in expected)  # some gradients are 0 but for rounding
+    for one, other in zip(found, expected, strict=True):
+        atol = 2e-5 * float(other.abs().max()) + 1e-7 * largest
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=atol)
+
+
+@fast
+def test_training_is_written_out_for_the_published_design_and_gives_the_same_bits_again():
+    for design in ({}, {"norm": "rms"}):
+        model = network(design, trained=True)
+        step, given = for_training(model, precision="fp32"), inputs(model)
+        assert step is not model and isinstance(step, Training) == (design == {})
+        first, again = gradients(step, model, given), gradients(step, model, given)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_what_is_trained_sees_every_change_of_the_weights():
+    model = network({}, trained=True)
+    step, given = for_training(model, precision="fp32"), inputs(model)
+    step(*given)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+        torch.testing.assert_close(step(*given), model(*given), rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_itself_is_trained_where_nothing_is_known_to_be_faster():
+    model = network({}, trained=True)
+    assert for_training(model, precision="bf16") is model
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert for_training(model, precision="fp32") is model

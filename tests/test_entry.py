@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 STAGE = """
 import signal, sys, time
 from dataclasses import dataclass
-from dit import entry
+from types import SimpleNamespace
+from dit import entry, outcome
 from dit.paths import Paths, publish
 from dit.places import OutOfReach
 
@@ -47,9 +48,14 @@ def toy(toy: Section, *, paths: Paths) -> None:
                 time.sleep(0.05)
         (paths.root / "saved").write_text("yes")
         raise entry.Interrupted("stopped at step 3")
+    if toy.what == "limit":
+        with entry.deferred_interrupts(SimpleNamespace(time_limit_minutes=2 / 60)) as stop:
+            while not stop(save_seconds=0.5):
+                time.sleep(0.05)
+        raise entry.Interrupted("stopped at step 3")
     if toy.what == "late":  # a signal comes when the work is done and its end is being told
-        write = entry.write_json
-        entry.write_json = lambda *told: (signal.raise_signal(signal.SIGTERM), write(*told))
+        write = outcome.write_json
+        outcome.write_json = lambda *told: (signal.raise_signal(signal.SIGTERM), write(*told))
     with publish(paths.artifacts / "toy", paths.scratch) as folder:
         (folder / "done").write_text("done")
 
@@ -119,7 +125,7 @@ def test_the_outcome_says_whether_another_try_may_mend_it(toy, what, retry):
     assert outcome(folder)["status"] == "failed" and outcome(folder)["retry"] is retry
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("what", ["sleep", "step"])
 def test_a_signal_ends_it_with_75_and_lets_it_save(toy, what, number):
     folder, start = toy
@@ -131,6 +137,13 @@ def test_a_signal_ends_it_with_75_and_lets_it_save(toy, what, number):
     assert "the same command goes on where this one stopped" in stderr and "Traceback" not in stderr
     assert (folder / "saved").exists() == (what == "step")
     assert not (folder / "artifacts").exists()
+
+
+def test_a_time_limit_ends_it_too(toy):
+    folder, start = toy
+    process = start("limit", SLURM_JOB_END_TIME=str(int(time.time()) + 1000))
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and outcome(folder)["message"].startswith("stopped at step 3")
 
 
 def test_one_at_a_time_and_the_lock_dies_with_its_holder(toy):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from dit import resume
-from dit.checkpoint import TrainingState, save_state
 from dit.paths import Paths
+from dit.runtime import RunConfig
+from dit.saving import Saver
+from dit.states import TrainingState, latest_state
 
 
 @pytest.fixture
@@ -20,14 +22,16 @@ def paths(tmp_path):
     return Paths(tmp_path)
 
 
-def begin(paths, name, max_steps):
-    with resume.begun(paths, name, max_steps) as work:
+def begin(paths, name, max_steps, **given):
+    with resume.begun(paths, name, max_steps, **given) as work:
         return work
 
 
-def trained(paths, step, name="abc"):
-    work = begin(paths, name, max_steps=10)
-    save_state(work.folder, TrainingState(step, {"a": torch.ones(1)}, {"rows": []}), keep=2)
+def trained(paths, step, name="abc", **given):
+    work = begin(paths, name, max_steps=10, **given)
+    saver = Saver(work.folder, 2, mirror=work.mirror)
+    saver.save(TrainingState(step, {"a": torch.full((1,), float(step))}, {"rows": []}))
+    saver.close()
     return work
 
 
@@ -135,15 +139,22 @@ import sys, time
 from pathlib import Path
 import torch
 from dit import resume
-from dit.checkpoint import TrainingState, save_state
 from dit.paths import Paths
+from dit.saving import Saver
+from dit.states import TrainingState
+
+def go(state=None):
+    while not (paths.root / "go").exists():
+        time.sleep(0.02)
 
 paths, name, steps = Paths(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 with resume.begun(paths, name, 10) as work:
     print("begun at", work.state.step if work.state else 0, flush=True)
-    while not (paths.root / "go").exists():
-        time.sleep(0.02)
-    save_state(work.folder, TrainingState(steps, {"a": torch.full((1,), float(steps))}, {"rows": []}), keep=2)
+    if len(sys.argv) == 4:
+        go()
+    saver = Saver(work.folder, 2, before=go)  # it may stop in the midst of its save
+    saver.save(TrainingState(steps, {"a": torch.full((1,), float(steps))}, {"rows": []}))
+    saver.close()
     work.note(export="x.dir")
 """
 
@@ -153,13 +164,13 @@ def other(paths, tmp_path_factory):
     """other(name, steps) starts a training in a worktree of `paths` and gives the process and the worktree's Paths."""
     running = []
 
-    def start(name, steps):
+    def start(name, steps, *how):
         root = tmp_path_factory.mktemp("worktree")
         (root / "scratch").mkdir()
         (root / "scratch" / "home").write_text(f"{paths.root}\n")
         shutil.copy(paths.root / "dvc.yaml", root)
         shutil.copy(paths.root / "model.py", root)
-        words = [sys.executable, "-c", OTHER, str(root), name, str(steps)]
+        words = [sys.executable, "-c", OTHER, str(root), name, str(steps), *how]
         running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]))
         return running[-1], Paths(root)
 
@@ -183,14 +194,17 @@ def test_a_second_worktree_waits_and_takes_over_what_the_first_finished(paths, o
     assert kept(paths) == ["abc"] and not (place.scratch / "train").exists()
 
 
-def test_a_killed_one_leaves_its_training_to_who_waits(paths, other):
+def test_one_that_is_killed_in_a_save_leaves_its_training_to_who_waits(paths, other):
     trained(paths, 4)
-    first, _ = other("abc", 10)
+    first, _ = other("abc", 10, "in its save")
     assert first.stdout.readline() == "going on at step 4 of 10\n" and first.stdout.readline() == "begun at 4\n"
     second, place = other("abc", 10)
     assert second.stdout.readline().startswith("train: waiting")
+    half, until = paths.scratch / "train" / "abc" / "step-00000010.safetensors", time.monotonic() + 20
+    while not half.exists() and time.monotonic() < until:
+        time.sleep(0.01)
     first.kill()
-    assert second.stdout.readline() == "going on at step 4 of 10\n"
+    assert second.stdout.readline() == "going on at step 4 of 10\n" and half.exists()
     (place.root / "go").touch()
     assert second.wait(timeout=60) == 0
 
@@ -211,6 +225,95 @@ def test_what_another_process_is_at_is_neither_pruned_nor_cleaned(paths, other):
     (place.root / "go").touch()
     assert process.wait(timeout=60) == 0 and resume.clean(paths) > 0
     assert not kept(paths) and not (paths.scratch / "initial" / "weights").exists()
+
+
+# Another machine: the same code and settings, a scratch of its own, and the mirror.
+
+
+@pytest.fixture
+def machine(paths, tmp_path_factory):
+    """machine() gives the Paths of a fresh one."""
+
+    def made():
+        root = tmp_path_factory.mktemp("machine")
+        for file in ("dvc.yaml", "model.py"):
+            shutil.copy(paths.root / file, root)
+        return Paths(root)
+
+    return made
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    return RunConfig(mirror=str(tmp_path_factory.mktemp("mirror")))
+
+
+def test_another_machine_goes_on_with_what_is_newer_in_the_mirror(paths, machine, run, capsys):
+    trained(paths, 4, run=run).note(mlflow_run_id="r1")
+    trained(paths, 6, run=run)
+    second = machine()
+    work = begin(second, "abc", 10, run=run)
+    assert work.state.step == 6 and work.state.read()["a"] == 6 and work.notes["mlflow_run_id"] == "r1"
+    said = capsys.readouterr().out
+    assert "run.mirror: took the state of step 6 from " in said and "going on at step 6 of 10" in said
+    trained(second, 8, run=run)
+    assert begin(paths, "abc", 10, run=run).state.step == 8, "and back"
+    assert begin(paths, "abc", 10).state.step == 8, "it is here now"
+    trained(paths, 9)
+    assert begin(paths, "abc", 10, run=run).state.step == 9, "what is here is newer"
+
+
+def test_other_code_begins_beside_what_the_old_code_left_in_the_mirror(paths, machine, run, monkeypatch):
+    trained(paths, 6, run=run)
+    (paths.root / "model.py").write_text("two")
+    assert begin(paths, "abc", 10, run=run).state is None
+    trained(paths, 2, run=run)
+    assert begin(machine(), "abc", 10, run=run).state.step == 2
+    (paths.root / "model.py").write_text("one")
+    old = machine()
+    assert begin(old, "abc", 10, run=run).state.step == 6, "nothing of it was lost"
+    (old.root / "model.py").write_text("three")
+    begin(old, "abc", 10, run=run)
+    monkeypatch.setenv("DIT_CONTINUE", "abc.1")
+    assert begin(old, "abc", 10, run=run).state.step == 6
+
+
+def test_what_is_finished_in_the_mirror_is_exported_or_made_again(paths, machine, run, monkeypatch):
+    trained(paths, 10, run=run).note(export="x.dir")
+    assert begin(machine(), "abc", 10, run=run).state.step == 10, "DVC does not know it there"
+    assert begin(machine(), "abc", 5, run=run).state is None, "fewer steps"
+    monkeypatch.setenv("DIT_AFRESH", "1")
+    assert begin(machine(), "abc", 10, run=run).state is None
+    trained(machine(), 4, run=run)
+    assert begin(machine(), "abc", 10, run=run).state.step == 4, "it took the other's place"
+
+
+def test_a_mirror_that_can_not_be_is_said_before_anything_is_trained(paths):
+    (paths.root / "file").touch()
+    with pytest.raises(ValueError, match="^run.mirror: .*file/train/abc-.* can't be written to"):
+        begin(paths, "abc", 10, run=RunConfig(mirror="file"))
+
+
+def of_two(world, paths, run):
+    with resume.begun(paths, "abc", 10, run=run, world=world) as work:
+        work.note(rank=world.rank)
+        first = work.folder, work.state, work.mirror is not None, work.notes["rank"]
+    os.environ["DIT_CONTINUE"] = "nothing.1"
+    try:
+        with resume.begun(paths, "abc", 10, run=run, world=world):
+            pass
+    except ValueError as error:
+        return first, str(error)
+
+
+def test_several_processes_have_the_same_work_and_the_same_errors(paths, run):
+    from test_parts import two
+
+    folder = trained(paths, 4).folder
+    (first, error), (second, other) = two(of_two, paths, run)
+    assert first == (folder, latest_state(folder), True, 0) and second == (folder, latest_state(folder), False, 1)
+    assert error == other and "DIT_CONTINUE: there is no set-aside training" in error
+    assert '"rank": 0' in (folder / "work.json").read_text()
 
 
 def test_the_hash_is_dvcs_own(tmp_path):

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,28 @@ def test_unfinished_files_of_a_living_process_are_its_own_and_those_of_a_killed_
     process.wait()
     assert fetched(paths, "a")[1] == b"a"
     assert not list((paths.scratch / "reuse" / "stage").iterdir())
+
+
+def test_all_that_is_remembered_is_fetched_at_once(paths, cached):
+    wanted = {"inputs": paths.root / "destination", "other inputs": paths.root / "nothing"}
+    with reuse.opened(paths, "stage") as index:
+        assert list(reuse.fetch_all(index, wanted)) == ["inputs"]
+    assert wanted["inputs"].read_bytes() == b"content" and not wanted["other inputs"].exists()
+
+
+def test_what_another_process_made_for_this_one_is_remembered_or_waits(paths):
+    file = paths.root / "made"
+    file.write_bytes(b"content")
+    for ends_well in (False, True):
+        with suppress(RuntimeError), reuse.opened(paths, "stage") as index:
+            theirs = pickle.loads(pickle.dumps(reuse.part(index)))
+            assert reuse.is_remembered(index, "other inputs") == ends_well
+            made = {digest: reuse.remember(theirs, digest, file, note=digest) for digest in ("inputs", "other inputs")}
+            assert reuse.is_remembered(index, "inputs")
+            if not ends_well:
+                raise RuntimeError("stopped")
+            reuse.join(index, {"inputs": made["inputs"]})
+    assert json.loads((paths.scratch / "reuse" / "stage.json").read_text()) == {"inputs": made["inputs"]}
 
 
 def test_stages_do_not_mix(paths, cached):

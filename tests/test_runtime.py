@@ -1,9 +1,11 @@
+import os
+
 import pytest
 import torch
 
 from dit.progress import Progress, clock
 from dit.randomness import generator, permutation
-from dit.runtime import RunConfig, autocast, pick_device, start
+from dit.runtime import RunConfig, accelerators, autocast, pick_device, start
 from dit.schedule import warmup_cosine
 
 
@@ -21,6 +23,30 @@ def test_threads_are_as_asked_for():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch):
+    before, cores = torch.get_num_threads(), os.cpu_count() or 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * cores))
+    try:
+        start(RunConfig(device="cpu", num_threads=0))
+        assert torch.get_num_threads() == 1
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        start(RunConfig(device="cpu", num_threads=0))
+        assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_visible_is_counted_and_a_cpu_is_one():
+    assert accelerators("cpu") == ("cpu", 1)
+    if not torch.accelerator.is_available():
+        assert accelerators("auto") == ("cpu", 1)
+
+
+def test_determinism_is_an_accelerators_matter():
+    start(RunConfig(device="cpu", deterministic=True))
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_a_cpu_multiplies_as_before():

@@ -1,5 +1,6 @@
 """S3: a real server for the good days, and one that fails in every way a network can."""
 
+import base64
 import hashlib
 import json
 import os
@@ -86,6 +87,27 @@ class Faulty:
             body = body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
         self.send(request, status, body, told, fault)
 
+    def accept(self, request: BaseHTTPRequestHandler) -> None:
+        """Put or delete an object."""
+        key = unquote(urlparse(request.path).path).removeprefix("/b").lstrip("/")
+        fault = self.fault(key, self.asked[key])
+        self.asked[key] += 1
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        if fault == "reset":
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            raise ConnectionResetError
+        if fault and fault.isdigit():
+            return self.send(request, int(fault), b"<Error><Code>InternalError</Code></Error>", {})
+        if request.command == "DELETE":
+            self.objects.pop(key, None)
+            return self.send(request, 204, b"", {})
+        if fault == "corrupt":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if base64.b64decode(request.headers["Content-MD5"]) != hashlib.md5(body).digest():
+            return self.send(request, 400, b"<Error><Code>BadDigest</Code></Error>", {})
+        self.objects[key] = body
+        self.send(request, 200, b"", {"ETag": f'"{self.etag(key)}"'})
+
     def send(self, request, status: int, body: bytes, told: dict[str, str], fault: str = "") -> None:
         request.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **told}.items():
@@ -115,7 +137,13 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
-    do_HEAD = do_GET
+    def do_PUT(self):
+        try:
+            self.server.faulty.accept(self)
+        except OSError:
+            self.close_connection = True
+
+    do_HEAD, do_DELETE = do_GET, do_PUT
 
     def log_message(self, *told):
         pass
@@ -345,6 +373,36 @@ def test_no_credentials_and_no_endpoint_are_said_in_one_line(faulty, tmp_path, m
         Bucket("s3://")
 
 
+@pytest.mark.parametrize("fault", ["", "500", "503", "reset", "corrupt"])
+def test_what_is_put_there_is_there_whole_or_not_at_all(faulty, tmp_path, fault):
+    (tmp_path / "state").write_bytes(content := bytes(range(256)) * 50)
+    faulty.fault = lambda path, count: fault if count < 2 else ""
+    place = Bucket("s3://b/states", "run.mirror")
+    place.put("step/one", tmp_path / "state")
+    assert faulty.objects["states/step/one"] == content and place.read("step/one") == content
+    assert faulty.asked["states/step/one"] >= (3 if fault else 1)
+    (tmp_path / "state").write_bytes(b"newer")
+    place.put("step/one", tmp_path / "state")
+    assert place.read("step/one") == b"newer"
+    place.delete("step/one")
+    place.delete("step/one")
+    assert place.find("step/one") is None
+
+
+def test_what_can_not_be_put_is_said_in_one_line_with_its_setting(faulty, tmp_path):
+    (tmp_path / "state").write_bytes(b"state")
+    place = Bucket("s3://b", "run.mirror")
+    faulty.fault = lambda path, count: "corrupt"
+    with pytest.raises(OutOfReach, match=r"^run.mirror: s3://b/one could not be written to http://127.* in 6 attempts"):
+        place.put("one", tmp_path / "state")
+    faulty.accept = lambda request: faulty.send(request, 403, b"<Error><Code>AccessDenied</Code></Error>", {})
+    with pytest.raises(ValueError, match="^run.mirror: s3://b/one: no permission: grant s3:PutObject and s3:DeleteObj"):
+        place.put("one", tmp_path / "state")
+    with pytest.raises(FileNotFoundError):
+        place.put("one", tmp_path / "none")
+    assert "one" not in faulty.objects
+
+
 # A server that others wrote
 
 
@@ -405,3 +463,19 @@ def test_archives_and_labels_in_a_bucket(moto, tmp_path):
         scan(config(source="s3://archives/none.tar"), paths=Paths(tmp_path))
     with pytest.raises(ValueError, match="there is no bucket 'absent'"):
         scan(config(source="s3://absent/x"), paths=Paths(tmp_path))
+
+
+def test_large_files_go_in_parts_and_what_was_left_of_some_is_let_go_of(moto, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)  # the least that S3 takes
+    content = os.urandom(12 * 2**20)
+    (tmp_path / "large").write_bytes(content)
+    place = Bucket("s3://birds/states", "run.mirror")
+    place.put("large", tmp_path / "large")
+    assert moto.get_object(Bucket="birds", Key="states/large")["Body"].read() == content
+    begun = moto.create_multipart_upload(Bucket="birds", Key="states/half")
+    moto.upload_part(Bucket="birds", Key="states/half", UploadId=begun["UploadId"], PartNumber=1, Body=content)
+    others = moto.create_multipart_upload(Bucket="birds", Key="others/half")
+    place.forget_unfinished()
+    left = moto.list_multipart_uploads(Bucket="birds").get("Uploads", [])
+    assert [upload["UploadId"] for upload in left] == [others["UploadId"]]
+    assert [file.name for file in place.files()] == ["large"]

@@ -144,6 +144,30 @@ def test_a_run_that_is_not_known_is_made_again_once(paths, original):
     assert {m.step: m.value for m in losses} == {step: 1 / step for step in range(1, 11)}
 
 
+def test_every_column_of_the_losses_becomes_a_curve_and_an_empty_cell_no_point(paths):
+    write_training(paths, None)
+    head = "step,loss,lr,grad_norm,skipped,loss_t1,loss_t2,loss_t3,loss_t4\n"
+    rows = "2,1.5,0.1,3.0,0,1.25,1.5,,2.0\n4,,0.1,,2,,,,\n"
+    (paths.artifacts / "train" / "loss.csv").write_text(head + rows)
+    with tracking.continue_run(paths, experiment="columns") as run:
+        pass
+    client, told = tracking.connect(paths), {}
+    for name in head.strip().split(","):
+        told[name] = {point.step: point.value for point in client.get_metric_history(run.id, name)}
+    assert told == {
+        "step": {},
+        "loss": {2: 1.5},
+        "lr": {2: 0.1, 4: 0.1},
+        "grad_norm": {2: 3},
+        "skipped": {2: 0, 4: 2},
+    } | {
+        "loss_t1": {2: 1.25},
+        "loss_t2": {2: 1.5},
+        "loss_t3": {},
+        "loss_t4": {2: 2},
+    }
+
+
 def test_a_run_whose_end_the_server_missed_is_completed(paths):
     run = tracking.open_run(paths, "x", experiment="missed")
     write_training(paths, run.id)

@@ -2,19 +2,23 @@
 
 import json
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dit.alignment import AlignmentConfig
 from dit.checkpoint import load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from dit.entry import Interrupted
 from dit.model import ModelConfig
+from dit.monitor import COLUMNS
 from dit.objective import ObjectiveConfig
-from dit.paths import Paths, write_json
+from dit.paths import Paths, file_sha256, write_json
 from dit.runtime import RunConfig
 from dit.stages.ema import EmaConfig, ema
 from dit.stages.train import train
-from dit.trainer import TrainConfig
+from dit.training import TrainConfig
 from dit.transport import TransportConfig
 
 MODEL = ModelConfig("custom", 2, 16, 2, 2, learn_sigma=False)
@@ -43,7 +47,8 @@ def paths(tmp_path, monkeypatch):
     index |= {"mirror": False, "classes": ["x", "y", "z"], "data": {"name": "tiny", "digest": "t" * 64}}
     index |= {"normalization": {"mode": "scale", "mean": [0.0, 0.0], "std": [1.0, 1.0]}}
     index |= {"features": {"source": "f.npz", "sha256": "f" * 64, "shape": [4, 6]}}
-    shards = [{"file": f"{s}.safetensors", "split": s, "samples": 24, "sha256": s} for s in ("train", "heldout")]
+    told = {split: file_sha256(folder / f"{split}.safetensors") for split in ("train", "heldout")}
+    shards = [{"file": f"{s}.safetensors", "split": s, "samples": 24, "sha256": sha} for s, sha in told.items()]
     write_json(folder / "index.json", index | {"shards": shards})
     return Paths(tmp_path)
 
@@ -130,7 +135,7 @@ def initial(paths, tmp_path):
 def test_no_steps_pass_the_initial_weights_straight_on(paths, initial, capsys):
     config = trained(paths, max_steps=0, init_from="theirs")
     assert "the label table is kept: the same 3 classes" in capsys.readouterr().out
-    assert (paths.artifacts / "train" / "loss.csv").read_text().split() == ["step,loss,lr"]
+    assert (paths.artifacts / "train" / "loss.csv").read_text().split() == [",".join(COLUMNS)]
     assert config["license"] == "CC-BY-NC-4.0" and config["step"] == 0
     assert config["init"]["from"] == "theirs" and len(config["init"]["digest"]) == 64
     for weights in ("ema", "raw"):
@@ -219,3 +224,66 @@ def test_a_worktree_takes_over_what_another_has_trained_and_begins_with_the_home
     assert same[0] == same[1]
     config = trained(tree, init_from="theirs")
     assert config["init"]["from"] == "theirs" and "going on" not in capsys.readouterr().out
+
+
+def files(paths):
+    """What a training wrote, by name, but what tells of the process."""
+    folder = paths.artifacts / "train"
+    written = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in written.items() if name != "run.json"}
+
+
+def elsewhere(paths, name):
+    """The same latents, and nothing trained yet."""
+    shutil.copytree(paths.artifacts / "encode", paths.root / name / "artifacts" / "encode")
+    return Paths(paths.root / name)
+
+
+def test_stopped_by_a_batch_systems_limit_again_and_again_it_ends_as_if_it_had_not_been(paths, monkeypatch):
+    changes = {"power_ema": (0.1,), "snapshot_every_steps": 2}
+    whole = elsewhere(paths, "whole")
+    trained(whole, **changes)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 1))
+    for step in range(1, 6):
+        with pytest.raises(Interrupted, match=f"stopped at step {step} of 6, which is saved"):
+            trained(paths, **changes)
+        assert not (paths.artifacts / "train").exists()
+    trained(paths, **changes)
+    assert files(paths) == files(whole) and len(files(whole)) == 3 + 2 * 3
+
+
+@pytest.mark.parametrize("where", ["mapped", "streamed"])
+def test_wherever_the_latents_lie_the_training_is_the_same(paths, where):
+    whole, place = elsewhere(paths, "whole"), elsewhere(paths, "place")
+    trained(whole)
+    run = replace(RUN, latents=where, latents_from=str(place.artifacts / "encode") if where == "streamed" else None)
+    if where == "streamed":
+        (paths.artifacts / "encode" / "train.safetensors").unlink()
+    train(MODEL, TRANSPORT, settings(), run, paths=paths)
+    assert files(paths) == files(whole)
+
+
+def test_another_machine_goes_on_from_the_mirror(paths, capsys):
+    run = replace(RUN, mirror=str(paths.root / "mirror"))
+    there, whole = elsewhere(paths, "there"), elsewhere(paths, "whole")
+    train(MODEL, TRANSPORT, settings(max_steps=4), run, paths=there)
+    capsys.readouterr()
+    train(MODEL, TRANSPORT, settings(), run, paths=paths)
+    assert "going on at step 4 of 6" in capsys.readouterr().out
+    trained(whole)
+    assert files(paths) == files(whole)
+
+
+def test_a_training_that_diverges_says_which_state_is_good(paths):
+    with pytest.raises(
+        ValueError, match=r"the last good state is step-000000\d\d.safetensors: lower train.lr"
+    ) as caught:
+        trained(paths, max_steps=200, lr=9.9, betas=(0.0, 0.0))
+    assert "\n" not in str(caught.value) and not (paths.artifacts / "train").exists()
+
+
+def test_loss_csv_tells_of_every_level_of_noise(paths):
+    trained(paths, max_steps=4)
+    header, *rows = (paths.artifacts / "train" / "loss.csv").read_text().splitlines()
+    assert header == "step,loss,lr,grad_norm,skipped,loss_t1,loss_t2,loss_t3,loss_t4"
+    assert [row.split(",")[0] for row in rows] == ["2", "4"] and all(float(row.split(",")[3]) > 0 for row in rows)

@@ -4,14 +4,18 @@ import pytest
 import torch
 
 from dit.alignment import AlignmentConfig
-from dit.checkpoint import TrainingState, load_tensors, save_tensors
-from dit.diffusion import DiffusionConfig
+from dit.checkpoint import load_tensors, save_tensors
 from dit.ema import gamma_of
 from dit.latents import LatentDataset
 from dit.model import DiT, ModelConfig
+from dit.monitor import COLUMNS
 from dit.objective import ObjectiveConfig
+from dit.parallel import World
 from dit.runtime import RunConfig
-from dit.trainer import TrainConfig, fit, mathematics, on_device, step_inputs
+from dit.saving import Saver
+from dit.states import TrainingState
+from dit.trainer import fit, share, step_inputs, used
+from dit.training import TrainConfig
 
 RUN = RunConfig(log_every_steps=3, checkpoint_every_steps=4)
 TRANSPORT, DIFFUSION = ObjectiveConfig("transport"), ObjectiveConfig("diffusion")
@@ -46,6 +50,35 @@ def train(latents, config, objective=TRANSPORT, run=RUN, **options):
     )
 
 
+@pytest.fixture
+def keep(tmp_path):
+    """keep(state) saves a state as the stage does, and gives what is on the disk then."""
+    saver = Saver(tmp_path / "states", keep=99)
+
+    def keep(state: TrainingState):
+        saver.save(state)
+        saver.wait()
+        return saver.last
+
+    return keep
+
+
+class StopAt:
+    """Asked after each step: yes after so many."""
+
+    def __init__(self, step):
+        self.step, self.asked = step, 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.asked == self.step
+
+
+def copied(state: TrainingState) -> TrainingState:
+    """The state as it is now: the next step changes its tensors."""
+    return TrainingState(state.step, {name: tensor.clone() for name, tensor in state.tensors.items()}, state.values)
+
+
 def assert_same(a: TrainingState, b: TrainingState):
     assert a.step == b.step and a.values == b.values and a.tensors.keys() == b.tensors.keys()
     for name in a.tensors:
@@ -54,14 +87,13 @@ def assert_same(a: TrainingState, b: TrainingState):
 
 @pytest.mark.parametrize("objective", [TRANSPORT, DIFFUSION])
 @pytest.mark.parametrize("stop", [1, 3, 4, 9])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(latents, objective, stop):
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(latents, objective, stop, keep):
     whole = train(latents, settings(), objective)
-    asked = []
-    half = train(latents, settings(), objective, should_stop=lambda: len(asked) + 1 == stop or asked.append(1))
+    half = train(latents, settings(), objective, should_stop=StopAt(stop))
     assert half.step == stop
     torch.manual_seed(12345)  # whatever happened between the two processes
     torch.rand(7)
-    assert_same(train(latents, settings(), objective, resume=half), whole)
+    assert_same(train(latents, settings(), objective, resume=keep(half)), whole)
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +128,17 @@ def test_a_grid_without_its_mirror_is_refused_where_tokens_are_aligned_with_it(f
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5, 7])
-def test_alignment_embeddings_and_power_averages_resume_bit_for_bit(featured, stop):
+def test_alignment_embeddings_and_power_averages_resume_bit_for_bit(featured, stop, keep):
     config = settings(power_ema=(0.05, 0.1), weight_decay=0.1, grad_clip=1.0)
 
     def run(**options):
         data = LatentDataset(featured, config.seed, config.global_batch_size)
         return fit(embedding_network(), data, ALIGNED, config, RUN, **options)
 
-    whole, asked = run(), []
-    half = run(should_stop=lambda: len(asked) + 1 == stop or asked.append(1))
+    whole, half = run(), run(should_stop=StopAt(stop))
     assert half.step == stop
     torch.manual_seed(12345)
-    assert_same(run(resume=half), whole)
+    assert_same(run(resume=keep(half)), whole)
     assert {"align.0.weight", "exp_avg.align.0.weight", "power.0.1.final_layer.linear.weight"} <= whole.tensors.keys()
 
 
@@ -126,7 +157,7 @@ def test_alignment_teaches_the_projector_until_it_stops(featured):
 
 def test_features_as_a_condition_and_as_a_target_are_those_of_the_picture_that_was_picked(featured):
     data = LatentDataset(featured, 0, 400)
-    config = settings(class_dropout_prob=0.25)
+    config = settings(class_dropout_prob=0.25, global_batch_size=400)
     inputs = step_inputs(data.batch(0), data, embedding_network(), ALIGNED, config, 0)
     dropped = (inputs["y"] == 0).all(dim=(1, 2))
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.08)
@@ -142,7 +173,8 @@ def test_features_as_a_condition_and_as_a_target_are_those_of_the_picture_that_w
 
 def test_features_travel_only_while_they_are_used(featured):
     data = LatentDataset(featured, 0, 4)
-    carried = lambda network, step: "features" in on_device(data.batch(step), network, ALIGNED, step)  # noqa: E731
+    assert set(used(data, new_network(), TRANSPORT, 0)) == {"mean", "std", "mean_mirror", "std_mirror", "label"}
+    carried = lambda network, step: "features" in used(data, network, ALIGNED, step)  # noqa: E731
     assert [carried(new_network(), step) for step in (0, 4, 5)] == [True, True, False]  # aligned for five steps
     assert carried(embedding_network(), 5)
 
@@ -151,7 +183,7 @@ def test_an_unconditional_network_sees_no_label(latents):
     data = LatentDataset(latents, 0, 40)
     config = ModelConfig("custom", 2, 16, 1, 2, condition="none")
     network = DiT(config, input_size=4, in_channels=2, num_classes=3)
-    assert not step_inputs(data.batch(0), data, network, TRANSPORT, settings(), 0)["y"].any()
+    assert not step_inputs(data.batch(0), data, network, TRANSPORT, settings(global_batch_size=40), 0)["y"].any()
 
 
 def test_alignment_without_features_is_refused_before_the_first_step(latents):
@@ -162,8 +194,8 @@ def test_alignment_without_features_is_refused_before_the_first_step(latents):
 def test_power_averages_are_those_of_the_weights_on_the_way(latents):
     weights = []
     run = RunConfig(log_every_steps=3, checkpoint_every_steps=1)
-    keep = lambda state: weights.append(state.tensors["model.final_layer.linear.bias"].double())  # noqa: E731
-    state = train(latents, settings(power_ema=(0.1,)), run=run, save=keep)
+    note = lambda state: weights.append(state.tensors["model.final_layer.linear.bias"].double().clone())  # noqa: E731
+    state = train(latents, settings(power_ema=(0.1,)), run=run, save=note)
     edges = (torch.arange(11, dtype=torch.float64) / 10) ** (gamma_of(0.1) + 1)
     torch.testing.assert_close(
         state.tensors["power.0.1.final_layer.linear.bias"].double(),
@@ -177,48 +209,22 @@ def test_power_averages_are_those_of_the_weights_on_the_way(latents):
 
 def test_no_steps_leave_the_weights_as_they_are(latents):
     state = train(latents, settings(max_steps=0, init_from="somewhere"))
-    assert state.step == 0 and state.values == {"rows": []}
+    assert state.step == 0 and state.values["rows"] == []
     for name, weight in new_network().named_parameters():
         assert torch.equal(state.tensors[f"model.{name}"], weight) and torch.equal(state.tensors[f"ema.{name}"], weight)
 
 
-def test_every_saved_state_can_be_resumed_from(latents):
+def test_every_saved_state_can_be_resumed_from(latents, keep):
     saved = []
-    whole = train(latents, settings(), save=saved.append)
+    whole = train(latents, settings(), save=lambda state: saved.append(keep(state)))
     assert [state.step for state in saved] == [4, 8, 10]
     for state in saved:
         assert_same(train(latents, settings(), resume=state), whole)
 
 
-def test_raising_max_steps_continues_a_constant_rate(latents):
+def test_raising_max_steps_continues_a_constant_rate(latents, keep):
     half, whole = train(latents, settings(max_steps=6)), train(latents, settings(max_steps=12))
-    assert_same(train(latents, settings(max_steps=12), resume=half), whole)
-    network = new_network()
-    assert mathematics(network, TRANSPORT, settings(max_steps=6), "x") == mathematics(
-        network, TRANSPORT, settings(), "x"
-    )
-    cosine = [mathematics(network, TRANSPORT, settings(max_steps=n, lr_schedule="cosine"), "x") for n in (6, 12)]
-    assert cosine[0] != cosine[1]
-
-
-def test_what_changes_the_weights_changes_the_name(latents):
-    names = {
-        mathematics(new_network(), TRANSPORT, settings(**c), "x")
-        for c in ({}, {"lr": 1e-3}, {"seed": 1}, {"ema_decay": 0.5})
-    }
-    names |= {
-        mathematics(new_network(), DIFFUSION, settings(), "x"),
-        mathematics(new_network(), TRANSPORT, settings(), "y"),
-    }
-    names |= {
-        mathematics(new_network(), ALIGNED, settings(), "x"),
-        mathematics(new_network(), TRANSPORT, settings(power_ema=(0.1,)), "x"),
-        mathematics(new_network(), TRANSPORT, settings(init_from="a"), "x", "digest of a"),
-    }
-    assert len(names) == 9
-    moved = mathematics(new_network(), TRANSPORT, settings(init_from="b"), "x", "digest of a")
-    unused = ObjectiveConfig("transport", diffusion=DiffusionConfig(schedule="cosine"))
-    assert moved in names and mathematics(new_network(), unused, settings(), "x") in names
+    assert_same(train(latents, settings(max_steps=12), resume=keep(half)), whole)
 
 
 @pytest.mark.parametrize("objective", [TRANSPORT, DIFFUSION])
@@ -227,13 +233,13 @@ def test_device_batches_change_only_the_rounding(latents, objective):
     for size in (1, 3, 4):
         run = RunConfig(log_every_steps=3, device_batch_size=size)
         parts = train(latents, settings(), objective, run=run)
-        for (_, a, _), (_, b, _) in zip(whole.values["rows"], parts.values["rows"], strict=True):
+        for a, b in zip(whole.values["rows"], parts.values["rows"], strict=True):
             assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_it_learns(latents):
     state = train(latents, settings(max_steps=300, lr=3e-3), run=RunConfig(log_every_steps=50))
-    losses = [loss for _, loss, _ in state.values["rows"]]
+    losses = [row[1] for row in state.values["rows"]]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -252,16 +258,85 @@ def test_previews_draw_no_training_randomness_and_see_the_average(latents):
     assert torch.equal(seen[-1][1], observed.tensors["ema.blocks.0.attn.qkv.weight"])
 
 
-def test_an_infinite_loss_stops_with_its_step_and_saves_nothing(latents):
+def test_the_average_is_scored_at_its_own_pace(latents):
+    seen = []
+    run = RunConfig(preview_every_steps=5, score_every_steps=3)
+    train(
+        latents,
+        settings(),
+        run=run,
+        observe=lambda step, average: seen.append(("looked", step)),
+        score=lambda step, average: seen.append(("scored", step)),
+    )
+    assert seen == [(what, at) for at in range(1, 11) for what, every in (("looked", 5), ("scored", 3))
+                    if at % every == 0 or at == 10]  # fmt: skip
+
+
+def test_the_log_tells_the_row_and_the_speed(latents):
+    logged = {}
+    state = train(
+        latents, settings(), log=logged.__setitem__, speed=lambda step, waited: {"speed": step, "waited": waited}
+    )
+    assert list(logged) == [3, 6, 9, 10] == [row[0] for row in state.values["rows"]]
+    for row in state.values["rows"]:
+        told = dict(zip(COLUMNS, row, strict=True))
+        assert logged[row[0]]["loss"] == told["loss"] and logged[row[0]]["speed"] == row[0]
+        assert told["skipped"] == 0 and told["grad_norm"] > 0 and 0 < logged[row[0]]["waited"] < 60
+
+
+@pytest.fixture
+def poisoned(latents, tmp_path):
+    """poisoned(images) is the latents' folder with infinite numbers in these."""
+
+    def write(images):
+        folder = tmp_path / f"poisoned-{len(images)}"
+        folder.mkdir()
+        tensors = load_tensors(latents / "a.safetensors")
+        tensors["mean"][images] = torch.inf
+        save_tensors(folder / "a.safetensors", tensors)
+        (folder / "index.json").write_text((latents / "index.json").read_text())
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("change", [{}, {"grad_clip": 1.0, "power_ema": (0.1,)}])
+def test_a_step_that_is_not_finite_changes_no_weight_and_the_next_ones_go_on(latents, poisoned, keep, change):
+    folder, config, saved = poisoned([7]), settings(**change), []
+    run = RunConfig(log_every_steps=5, checkpoint_every_steps=1)
+    whole = train(folder, config, run=run, save=lambda state: saved.append(copied(state)))
+    bad = [step for step in range(10) if 7 in LatentDataset(folder, 0, 8).indices(step)]
+    assert len(bad) == 2 and [row[COLUMNS.index("skipped")] for row in whole.values["rows"]] == [1, 1]
+    assert whole.tensors["adam.count"] == 8 and all(row[1] < 100 for row in whole.values["rows"])
+    unchanged = [
+        after.step - 1
+        for before, after in zip(saved, saved[1:], strict=False)
+        if all(
+            torch.equal(before.tensors[n], after.tensors[n]) for n in after.tensors if n.startswith(("model", "exp_"))
+        )
+    ]
+    assert unchanged == [step for step in bad if step > 0]
+    assert all(tensor.isfinite().all() for state in saved for tensor in state.tensors.values())
+    for state in (saved[bad[0]], saved[bad[1] - 1]):  # just after one such step, just before the other
+        assert_same(train(folder, config, run=run, resume=keep(state)), whole)
+    assert bad[0] > 0  # up to there it is the training that it would be without
+    assert_same(saved[bad[0] - 1], train(latents, config, run=run, should_stop=StopAt(bad[0])))
+
+
+def test_too_many_in_a_row_stop_the_training_and_name_the_last_good_state(poisoned):
     saved = []
-    with pytest.raises(
-        ValueError, match=r"train.lr: the loss is not finite at step \d+, nothing of it was saved"
-    ) as caught:
-        train(latents, settings(lr=9.9, betas=(0.0, 0.0), max_steps=400, warmup_steps=0), save=saved.append)
-    assert "\n" not in str(caught.value)
-    assert saved
-    weights = [t for state in saved for name, t in state.tensors.items() if name.startswith(("model.", "ema."))]
-    assert all(torch.isfinite(weight).all() for weight in weights)
+    run = RunConfig(log_every_steps=4, checkpoint_every_steps=100, max_bad_steps=3)
+    with pytest.raises(ValueError, match=r"not finite at steps 1 to 3 .*the last good state is step-7: ") as caught:
+        train(poisoned(range(40)), settings(), run=run, save=saved.append, last_good=lambda: "step-7")
+    assert "\n" not in str(caught.value) and not saved
+
+
+def test_a_training_that_diverges_is_stopped(latents):
+    saved = []
+    wild = settings(lr=9.9, betas=(0.0, 0.0), max_steps=400, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"train.lr: loss or gradient is not finite at steps \d+ to \d+ "):
+        train(latents, wild, save=lambda state: saved.append(copied(state)))
+    assert saved and all(tensor.isfinite().all() for state in saved for tensor in state.tensors.values())
 
 
 def test_bf16_follows_fp32(latents):
@@ -272,7 +347,8 @@ def test_bf16_follows_fp32(latents):
 
 def test_the_inputs_of_a_step(latents):
     data = LatentDataset(latents, 0, 4000)
-    inputs = step_inputs(data.batch(0), data, new_network(), TRANSPORT, settings(class_dropout_prob=0.25), 0)
+    config = settings(class_dropout_prob=0.25, global_batch_size=4000)
+    inputs = step_inputs(data.batch(0), data, new_network(), TRANSPORT, config, 0)
     dropped = (inputs["y"] == 3).float().mean().item()
     assert dropped == pytest.approx(0.25, abs=0.03)
     kept = inputs["y"] != 3
@@ -280,28 +356,27 @@ def test_the_inputs_of_a_step(latents):
     assert (
         0 <= inputs["t"].min() and inputs["t"].max() <= 1 and inputs["t"].mean().item() == pytest.approx(0.5, abs=0.03)
     )
-    steps = step_inputs(data.batch(0), data, new_network(), DIFFUSION, settings(), 0)["t"]
+    steps = step_inputs(data.batch(0), data, new_network(), DIFFUSION, config, 0)["t"]
     assert steps.dtype == torch.long and steps.min() >= 0 and steps.max() == 999
-    again = step_inputs(data.batch(0), data, new_network(), TRANSPORT, settings(class_dropout_prob=0.25), 0)
+    again = step_inputs(data.batch(0), data, new_network(), TRANSPORT, config, 0)
     assert all(torch.equal(inputs[k], again[k]) for k in inputs)
 
 
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"lr": 0}, "lr must be above 0"),
-        ({"max_steps": 0}, "max_steps must be at least 1"),
-        ({"max_steps": -1, "init_from": "a"}, "max_steps must be 0 or more, got -1"),
-        ({"init_from": " "}, "init_from must be null, a checkpoint folder"),
-        ({"ema_decay": 1.5}, "ema_decay must be between"),
-        ({"power_ema": (0.3,)}, "power_ema must be above 0 and below 0.2887"),
-        ({"power_ema": (0.1, 0.1)}, "power_ema must not name a width twice"),
-        ({"power_ema": (0.1,), "max_steps": 0, "init_from": "a"}, "power_ema needs at least one step"),
-    ],
-)
-def test_bad_settings_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        settings(**change)
+def test_parts_of_a_step_are_those_of_the_whole(featured):
+    data, network = LatentDataset(featured, 0, 12), embedding_network()
+    config = settings(global_batch_size=12)
+    whole = step_inputs(data.batch(3), data, network, ALIGNED, config, 3)
+    parts = [share(12, World(rank, 3)) for rank in range(3)]
+    made = [step_inputs(data.batch(3, part), data, network, ALIGNED, config, 3, part) for part in parts]
+    assert whole.keys() == made[0].keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, torch.cat([part[name] for part in made])), name
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    assert share(12, World(0, 1)) == slice(0, 12)
+    with pytest.raises(ValueError, match="train.global_batch_size: 8 images are no whole number for each of 3 proc"):
+        share(8, World(0, 3))
 
 
 def test_matches_the_plain_recipe_written_out(latents):

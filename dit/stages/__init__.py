@@ -16,5 +16,5 @@ def _interrupted(number: int, _: object) -> None:
 
 
 if sys.argv[0] == "-m":  # `python -m dit.stages.X`: the imports take seconds, and entry.main is still to come
-    for _number in (signal.SIGINT, signal.SIGTERM):
+    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(_number, _interrupted)

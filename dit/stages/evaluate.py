@@ -3,10 +3,7 @@
 The floor `heldout` is real images that the model never saw; `reconstruction` is the same images through the
 autoencoder, which no model on its latents can be expected to beat. Samples are also searched for copies of training
 images, held against how near held-out images come to those.
-
-    torchrun --nproc-per-node 8 -m dit.stages.evaluate
-
-reads images with several processes.
+Several processes (`run.processes`, or one for each accelerator) share the reading of images.
 """
 
 import shutil

@@ -1,14 +1,13 @@
 """report: one self-contained page that a person opens: pictures, curves, metrics with their floors, settings, lineage."""
 
 import base64
-import csv
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 from dit import entry
+from dit.curves import loss_svg, read_losses
 from dit.paths import Paths, publish
 
 STYLE = """
@@ -158,24 +157,16 @@ def class_table(table: dict[str, dict[str, Any]], classes: list[str]) -> str:
 
 
 def loss_curve(file: Path) -> str:
-    """The training loss over steps."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    with open(file, newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    chart, axes = pyplot.subplots(figsize=(8, 3))
-    axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], color="#3355aa")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.spines[["top", "right"]].set_visible(False)
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dit"}):  # the same curve gives the same bytes
-        chart.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(chart)
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
+    """The training loss over steps, what its parts mean, and how often a step was skipped."""
+    rows = read_losses(file)
+    if not rows:
+        return "<p class=note>Nothing was trained here.</p>"
+    note = ""
+    if any("loss_t1" in row for row in rows):
+        note = "Thin: the same by quarters of time, from noise (0) to data (1). "
+    if skipped := int(sum(row.get("skipped", 0) for row in rows)):
+        note += f"{skipped} step{'s' * (skipped != 1)} had no finite loss or gradient and changed nothing."
+    return loss_svg(file) + f"<p class=note>{note}</p>"
 
 
 def lineage(told: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """sample: pictures from the checkpoint, once with each of the named settings. Run it again and it goes on.
 
-    torchrun --nproc-per-node 8 -m dit.stages.sample
-
-draws with several processes; the pictures are the same, to the last bit where device type, threads and block size are.
+Several processes (`run.processes`, or one for each accelerator) draw the same pictures, to the last bit where device
+type, threads and block size are the same.
 """
 
 import hashlib

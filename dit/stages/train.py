@@ -1,9 +1,14 @@
-"""train: the diffusion transformer, from latents to weights. Run it again and it goes on where it stopped."""
+"""train: the diffusion transformer, from latents to weights. Run it again and it goes on where it stopped.
+
+    torchrun --nproc-per-node 8 -m dit.stages.train
+
+trains with several processes: the same batches in the same order, and the same result up to rounding.
+"""
 
 import csv
 import platform
-import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,86 +16,127 @@ from typing import Any
 
 import torch
 
-from dit import entry, finetune, latents, registry, resume, runtime, tracking
-from dit.checkpoint import (
-    CONDITIONS,
-    TrainingState,
-    load_tensors,
-    network_config,
-    power_file,
-    save_state,
-    save_tensors,
-)
+from dit import entry, finetune, latents, registry, resume, runtime, storage, tracking
+from dit.checkpoint import CONDITIONS, load_tensors, network_config, power_file, save_tensors
 from dit.initial import Initial, open_initial, require_latents
 from dit.latents import LatentDataset, read_index
 from dit.model import DiT, ModelConfig
+from dit.monitor import COLUMNS, Speed, flops_per_image, peak_flops
 from dit.objective import ObjectiveConfig, require_objective
+from dit.parallel import World, world
 from dit.paths import Paths, publish, write_json
+from dit.places import Folder, Place
 from dit.preview import previews
 from dit.runtime import RunConfig
-from dit.trainer import TrainConfig, fit, mathematics
+from dit.saving import Saver
+from dit.scoring import scores
+from dit.states import SavedState
+from dit.trainer import fit, share
+from dit.training import TrainConfig, mathematics
+
+MIRROR_SECONDS = 60.0  # for which a training that is told to stop waits for its last state to be copied
+WORTH_TIMING = 1e12  # operations of a training, from which on it pays to time what a CPU could do
 
 
 def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, run: RunConfig, *, paths: Paths) -> None:
     """Write artifacts/train: the last weights, the averages, loss.csv, config.json, run.json."""
-    device = runtime.start(run)
+    device, us = runtime.start(run), world()
     require_objective(model, objective)
     encoded = paths.artifacts / "encode"
     index = read_index(encoded)
-    initial = initial_weights(train, index, paths)
+    initial = initial_weights(train, index, paths, us)
     torch.manual_seed(train.seed)
     network = new_network(model, index).to(device)
-    data = LatentDataset(encoded, train.seed, train.global_batch_size)
+    data = training_latents(train, run, paths, us)
     config = describe(network, objective, train, index, initial)
     name = mathematics(network, objective, train, index["digest"], initial and initial.digest)
-    with resume.begun(paths, name, train.max_steps) as work:
+    with resume.begun(paths, name, train.max_steps, run=run, world=us) as work:
         if initial and work.state is None:
             for sentence in finetune.begin_with(network, initial, objective, index, trained=train.max_steps > 0):
                 print(sentence)
         size = f"{sum(p.numel() for p in network.parameters()):,} parameters, {data.size} images"
-        print(f"{size}, {train.max_steps} steps of {train.global_batch_size} on {device}")
+        on = f"{device}" if us.size == 1 else f"{us.size} processes, each on its {device.type}"
+        print(f"{size}, {train.max_steps} steps of {train.global_batch_size} on {on}")
         inputs = [tracking.Dataset(index["data"]["name"], index["digest"], encoded.as_posix(), "train")]
-        with tracking.open_run(
-            paths,
-            f"{index['data']['name']}-{name[:8]}",
-            experiment=run.experiment,
-            datasets=inputs,
-            run_id=work.notes.get("mlflow_run_id"),
-        ) as mirror:
-            work.note(mlflow_run_id=mirror.id or work.notes.get("mlflow_run_id"), tracking_uri=mirror.tracking_uri)
-            if config["license"]:
-                mirror.tags({"license": config["license"]})
-            state = work.take()
-            done = state.step if state else 0
-            with entry.deferred_interrupts() as should_stop:
-                state = fit(
-                    network,
-                    data,
-                    objective,
-                    train,
-                    run,
-                    resume=state,
-                    log=with_speed(mirror.log, train.global_batch_size, done),
-                    save=lambda state: keep(work.folder, state, train, run),
-                    observe=previews(paths, work.folder / "previews", config, mirror.image),
-                    should_stop=should_stop,
-                )
+        named = {"experiment": run.experiment, "datasets": inputs, "run_id": work.notes.get("mlflow_run_id")}
+        told = tracking.open_run(paths, f"{index['data']['name']}-{name[:8]}", **named) if us.main else nullcontext()
+        with told as mirror:
+            if us.main:
+                work.note(mlflow_run_id=mirror.id or work.notes.get("mlflow_run_id"), tracking_uri=mirror.tracking_uri)
+                if config["license"]:
+                    mirror.tags({"license": config["license"]})
+            log = mirror.log if us.main else lambda step, values: None
+            begin = work.state
+            saver = Saver(
+                work.folder, run.keep_checkpoints, world=us, mirror=work.mirror, before=partial(snapshot, train=train)
+            )
+            saver.last = begin
+            with entry.deferred_interrupts(run) as asked:
+                try:
+                    state = fit(
+                        network,
+                        data,
+                        objective,
+                        train,
+                        run,
+                        resume=begin,
+                        log=log,
+                        speed=speed(network, train, us, begin.step if begin else 0),
+                        save=saver.save,
+                        observe=previews(paths, work.folder / "previews", config, mirror.image if us.main else None),
+                        score=scores(encoded, objective, train.precision, log),
+                        should_stop=lambda: asked(saver.seconds),
+                        last_good=lambda: saver.last and saver.last.path.name,
+                    )
+                    if saver.last is None and not train.max_steps:
+                        saver.save(state)
+                finally:
+                    saver.close(MIRROR_SECONDS if asked() else None)
             if state.step < train.max_steps:
                 raise entry.Interrupted(f"stopped at step {state.step} of {train.max_steps}, which is saved")
-        with publish(paths.artifacts / "train", paths.scratch) as folder:
-            export(folder, work, state, network, train, config)
-            if model.condition == "embeddings":
-                save_tensors(folder / "ema" / CONDITIONS, latents.conditions(encoded))
-        work.note(export=resume.dvc_hash(paths.artifacts / "train"))
+        data.close()
+        if us.main:
+            with publish(paths.artifacts / "train", paths.scratch) as folder:
+                export(folder, work, saver.last, network, train, config)
+                if model.condition == "embeddings":
+                    save_tensors(folder / "ema" / CONDITIONS, latents.conditions(encoded))
+            work.note(export=resume.dvc_hash(paths.artifacts / "train"))
 
 
-def initial_weights(train: TrainConfig, index: dict[str, Any], paths: Paths) -> Initial | None:
+def initial_weights(train: TrainConfig, index: dict[str, Any], paths: Paths, us: World) -> Initial | None:
     """The weights that training begins with, if any are named. Raises ValueError where they do not fit the latents."""
     if train.init_from is None:
         return None
+    if not us.main:
+        us.barrier()  # the main process brings them here
     initial = open_initial(train.init_from, partial(registry.download, paths), paths.root)
+    if us.main:
+        us.barrier()
     require_latents(initial, index)
     return initial
+
+
+def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World) -> LatentDataset:
+    """The latents as `train` and `run` ask for them. Raises ValueError where they are not there, or do not fit."""
+    return LatentDataset(
+        paths.artifacts / "encode",
+        train.seed,
+        train.global_batch_size,
+        window=train.shuffle_window,
+        classes=train.classes,
+        parts=train.data_parts,
+        rows=share(train.global_batch_size, us),
+        where=run.latents,
+        source=_place(run.latents_from, paths),
+        cache=paths.memory / "latents",
+        cache_gb=run.cache_gb,
+    )
+
+
+def _place(told: str | None, paths: Paths) -> Place | None:
+    if told is None:
+        return None
+    return storage.Bucket(told) if told.startswith("s3://") else Folder(str(paths.given(told)))
 
 
 def new_network(model: ModelConfig, index: dict[str, Any]) -> DiT:
@@ -131,65 +177,54 @@ def describe(
     }
 
 
-def keep(folder: Path, state: TrainingState, train: TrainConfig, run: RunConfig) -> None:
-    """Save a state, and the averages of it where a snapshot is due."""
-    if train.snapshot_every_steps and state.step % train.snapshot_every_steps == 0:
-        (folder / "snapshots").mkdir(exist_ok=True)
-        for name, tensors in averages(state, train):
-            save_tensors(folder / "snapshots" / name, tensors)
-    save_state(folder, state, run.keep_checkpoints)
+def snapshot(saved: SavedState, train: TrainConfig) -> None:
+    """Keep the averages of a state where a snapshot of them is due."""
+    if train.snapshot_every_steps and saved.step % train.snapshot_every_steps == 0:
+        folder = saved.path.parent / "snapshots"
+        folder.mkdir(exist_ok=True)
+        for name, tensors in averages(saved, train):
+            save_tensors(folder / name, tensors)
 
 
-def averages(state: TrainingState, train: TrainConfig) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def averages(saved: SavedState, train: TrainConfig) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """The file's name and the tensors of each average in a state: the exponential one, and those of each power."""
-    yield f"step-{state.step:08d}.safetensors", _part(state, "ema.")
+    yield f"step-{saved.step:08d}.safetensors", saved.read("ema.")
     for width in train.power_ema:
-        yield power_file(width, state.step), _part(state, f"power.{width}.")
+        yield power_file(width, saved.step), saved.read(f"power.{width}.")
 
 
 def export(
     folder: Path,
     work: resume.Work,
-    state: TrainingState,
+    saved: SavedState,
     network: DiT,
     train: TrainConfig,
     config: dict[str, Any],
 ) -> None:
     """Fill artifacts/train from the final state and the snapshots on the way."""
     fixed = {"pos_embed": network.pos_embed}
-    save_tensors(folder / "model.safetensors", _part(state, "model.") | fixed)
+    save_tensors(folder / "model.safetensors", saved.read("model.") | fixed)
     (folder / "ema").mkdir()
     for snapshot in sorted((work.folder / "snapshots").glob("*.safetensors")):
         save_tensors(folder / "ema" / snapshot.name, load_tensors(snapshot) | fixed)
-    for name, tensors in averages(state, train):
+    for name, tensors in averages(saved, train):
         save_tensors(folder / "ema" / name, tensors | fixed)
     with open(folder / "loss.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["step", "loss", "lr"], *state.values["rows"]])
-    write_json(folder / "config.json", {**config, "step": state.step})
+        csv.writer(file).writerows([COLUMNS, *saved.values["rows"]])
+    write_json(folder / "config.json", {**config, "step": saved.step})
     machine = {"device": network.pos_embed.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
     notes = {k: work.notes.get(k) for k in ("mlflow_run_id", "tracking_uri", "earlier_code")}
     write_json(folder / "run.json", {**notes, "python": platform.python_version(), **machine})
 
 
-def with_speed(
-    log: Callable[[int, dict[str, float]], None], global_batch_size: int, last_step: int
-) -> Callable[[int, dict[str, float]], None]:
-    """`log` with images per second since the last call added."""
-    last_time = time.monotonic()
-
-    def logged(step: int, values: dict[str, float]) -> None:
-        nonlocal last_step, last_time
-        now = time.monotonic()
-        speed = (step - last_step) * global_batch_size / max(now - last_time, 1e-9)
-        log(step, {**values, "images_per_second": speed})
-        last_step, last_time = step, now
-
-    return logged
-
-
-def _part(state: TrainingState, prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
+def speed(network: DiT, train: TrainConfig, us: World, step: int) -> Callable[[int, float], dict[str, float]]:
+    """What `fit` logs of its speed from this step on: images per second, and the share of what the devices could do."""
+    device, each = network.pos_embed.device, flops_per_image(network)
+    ahead = each * train.global_batch_size * (train.max_steps - step)
+    peak = peak_flops(device) if us.main and (device.type != "cpu" or ahead > WORTH_TIMING) else None
+    size = train.global_batch_size
+    return Speed(device, size, step=step, flops_per_image=each, peak_flops=peak and peak * us.size).row
 
 
 if __name__ == "__main__":
-    entry.main(train)
+    entry.main(train, together=True)
