@@ -23,10 +23,11 @@ from PIL import Image
 
 from dit.checkpoint import Checkpoint, load_tensors, network_config, save_checkpoint
 from dit.config import parse, read_params
+from dit.dataset import LatentDataset
 from dit.finetune import adopt
 from dit.generation import SampleConfig, Setting, generate_blocks
 from dit.grids import overview
-from dit.latents import LatentDataset, read_index
+from dit.latents import read_index
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.paths import Paths, publish

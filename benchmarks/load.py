@@ -29,8 +29,8 @@ import torch
 
 from dit import runtime
 from dit.checkpoint import save_tensors
+from dit.dataset import LatentDataset
 from dit.feeding import Feed
-from dit.latents import LatentDataset
 from dit.paths import file_sha256, write_json
 from dit.places import Folder
 

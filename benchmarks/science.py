@@ -25,8 +25,9 @@ import torch
 from dit.checkpoint import Checkpoint, load_checkpoint, network_config, save_checkpoint
 from dit.config import parse
 from dit.cost import macs
+from dit.dataset import LatentDataset
 from dit.generation import SampleConfig, Setting, evaluations, generate_blocks
-from dit.latents import LatentDataset, read_index
+from dit.latents import read_index
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.paths import Paths, publish

@@ -112,6 +112,9 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     if sample.num_images <= sections["evaluate"].nearest_k:
         yield f"sample.num_images: {sample.num_images} is too few for evaluate.nearest_k {sections['evaluate'].nearest_k}"
     train, ema, register = sections["train"], sections["ema"], sections["register"]
+    batch, processes = train.global_batch_size, sections["run"].processes
+    if processes > 1 and batch % processes:
+        yield f"run.processes: {processes} do not divide train.global_batch_size {batch}: choose a number that does"
     guided = [setting.name for setting in sample.settings if setting.cfg_scale != 1]
     if guided and train.class_dropout_prob == 0 and train.max_steps:
         yield f"train.class_dropout_prob: 0 leaves the null label untrained, and sample.settings {guided[0]!r} guides with it"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.latents import LatentDataset
+from dit.dataset import LatentDataset
 
 AHEAD = 2  # batches that wait for the device
 LOOK_SECONDS = 0.1  # how soon a thread that waits for room sees that it shall end

@@ -1,13 +1,10 @@
-"""What a training tells of itself: its losses, exactly and whatever it was cut into; its speed, as it is.
+"""What a training tells of its losses, exactly and whatever it was cut into.
 
 A step leaves one small vector on the device, and nothing waits for it. The vectors are fetched at the log interval or
 when a state is saved, summed over the processes in the order of their ranks, and added up step by step in float64: so
 a row of loss.csv is the same wherever training was stopped and went on.
 """
 
-import resource
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dit import diffusion
-from dit.model import DiT
 from dit.objective import ObjectiveConfig
 from dit.parallel import World
 
@@ -122,73 +118,6 @@ class Monitor:
             f"{f'the last good state is {good}' if good else 'nothing of it was saved'}: "
             "lower train.lr, set train.grad_clip, or train.precision to fp32"
         )
-
-
-class Speed:
-    """How fast it goes: figures for the log, which no two runs have alike."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        global_batch_size: int,
-        *,
-        step: int = 0,
-        flops_per_image: float | None = None,  # of training: dit.cost's multiply-accumulates times six
-        peak_flops: float | None = None,  # of all devices together; None = not known
-    ):
-        self.device, self.global_batch_size = device, global_batch_size
-        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self._step, self._waited, self._time = step, 0.0, time.monotonic()
-
-    def row(self, step: int, waited: float = 0.0) -> dict[str, float]:
-        """Since the last row: images_per_second; mfu, the share of the devices' peak (where it is known); data_wait, the
-        share of the time that the loop waited for data, of whose seconds `waited` is the sum from the beginning; and
-        memory_gb, the most that this process has held so far."""
-        now = time.monotonic()
-        seconds = max(now - self._time, 1e-9)
-        told = {"images_per_second": (step - self._step) * self.global_batch_size / seconds}
-        if self.flops_per_image and self.peak_flops:
-            told["mfu"] = told["images_per_second"] * self.flops_per_image / self.peak_flops
-        told |= {"data_wait": (waited - self._waited) / seconds, "memory_gb": held_bytes(self.device) / 1e9}
-        self._step, self._waited, self._time = step, waited, now
-        return told
-
-
-def flops_per_image(network: DiT) -> float:
-    """Operations of training on one image: each multiply-accumulate is two, and the backward pass costs two forward."""
-    from dit.cost import macs
-
-    shape = {"input_size": network.input_size, "in_channels": network.in_channels}
-    return 6.0 * macs(network.config, **shape, condition_shape=network.condition_shape)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Operations a second that this process's device could do: by its data sheet, in bf16 whatever the precision; of a
-    CPU, one thread's matrix products, timed (0.2 s), times the threads. None where it is not known."""
-    from dit.estimate import device_named
-    from dit.expectations import look
-
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        try:
-            return threads * look("cpu").flops
-        finally:
-            torch.set_num_threads(threads)  # `look` takes one
-    if device.type != "cuda":
-        return None
-    try:
-        return device_named(torch.cuda.get_device_name(device)).peak_flops
-    except ValueError:
-        return None
-
-
-def held_bytes(device: torch.device) -> float:
-    """The most memory that this process has held: its device's, or on a CPU its own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _over(total: float, count: float) -> float | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit import reach
 from dit.paths import Paths, write_json
-from dit.pipeline import ACCELERATED, SHARED, STAGES
+from dit.pipeline import ACCELERATED, STAGES
 from dit.progress import clock
 from dit.staleness import stale_stages
 
@@ -191,8 +191,6 @@ def _preflight(
         warnings.append(f"train: the latents take {latents / 1e9:.0f} GB of the machine's own memory")
     room = reach.room(paths.root, workload.disk_bytes(sections, network, count), ["shard"] if elsewhere else todo)
     faults, warnings = faults + room[0], warnings + room[1]
-    if devices > 1 and "train" in asked and "train" not in SHARED:
-        warnings.append(f"train uses one device, and {devices - 1} of {devices} wait meanwhile")
     result = Preflight(
         line="", faults=faults + remote(), warnings=warnings, stages=todo, images=images,
         steps=train.max_steps if "train" in todo else 0, hours=hours, hours_of=hours_of,

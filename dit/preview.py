@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from dit.checkpoint import Checkpoint
+from dit.dataset import conditions
 from dit.generation import generate, num_choices
 from dit.grids import grid
-from dit.latents import conditions
 from dit.model import DiT
 from dit.paths import Paths
 from dit.setting import Setting, changed

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.profiler import profile
 from torch.autograd.profiler_util import FunctionEvent, Kernel
 
-from dit.latents import LatentDataset
+from dit.dataset import LatentDataset
 from dit.model import DiT
 from dit.objective import ObjectiveConfig
 from dit.paths import replacing, write_atomic

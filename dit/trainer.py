@@ -18,8 +18,9 @@ from torch.profiler import record_function
 
 from dit import ema
 from dit.alignment import new_projector, require_alignment
+from dit.dataset import LatentDataset
 from dit.feeding import Feed
-from dit.latents import LatentDataset, draw, pick_features
+from dit.latents import draw, pick_features
 from dit.learner import Learner
 from dit.model import DiT
 from dit.monitor import COLUMNS, Monitor, scaled_time

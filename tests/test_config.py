@@ -195,6 +195,7 @@ def test_the_shipped_settings_fit_together(project):
         ("kid_subset_size: 100", "kid_subset_size: 1", "evaluate.kid_subset_size must be at least 2, got 1"),
         ("bootstrap: 20", "bootstrap: 1", "evaluate.bootstrap must be 0 (none) or at least 2, got 1"),
         ("seed: 2020", "seed: -1", "evaluate.seed must be 0 to 4294967295, got -1"),
+        ("processes: 0 ", "processes: 3 ", "run.processes: 3 do not divide train.global_batch_size 64"),
         ("num_threads: 1 ", "num_threads: 1000000 ", "run.num_threads must be at most"),
         ("betas: [0.9, 0.999]", "betas: [1.5, 0.999]", "train.betas must be at least 0 and below 1"),
         ("weight_decay: 0.0 ", "weight_decay: .nan ", "train.weight_decay: "),

@@ -17,8 +17,9 @@ from PIL import Image
 from tiny_model import SIZE, write_model
 
 from dit.checkpoint import Checkpoint, load_checkpoint, load_tensors
+from dit.dataset import LatentDataset, conditions
 from dit.generation import SampleConfig, Setting, generate_blocks
-from dit.latents import EncodeConfig, LatentDataset, conditions, index_digest, pick_features, read_index
+from dit.latents import EncodeConfig, index_digest, pick_features, read_index
 from dit.paths import Paths
 from dit.runtime import RunConfig
 from dit.sources import DataConfig, read_listing

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dit.checkpoint import save_tensors
+from dit.dataset import LatentDataset
 from dit.feeding import AHEAD, Feed
-from dit.latents import LatentDataset
 
 
 @pytest.fixture

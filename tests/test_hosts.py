@@ -377,7 +377,7 @@ def test_a_success_that_the_volume_does_not_show_is_none(toy, root):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"stage": "train", "count": 2}, "hosts: train runs on one host, not on 2"),
+        ({"stage": "vae", "count": 2}, "hosts: vae runs on one host, not on 2"),
         ({"mount": "/elsewhere"}, "hosts.mount: "),
         ({"image": ""}, "hosts.image: no image is named"),
         ({"environment": {"DIT_FLOW_RUN_ID": ""}}, "hosts: DIT_FLOW_RUN_ID is not set"),
@@ -408,10 +408,10 @@ def test_the_command_of_each_host():
     assert spec["backoffLimit"] == 0 and "activeDeadlineSeconds" not in spec
     assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"] == name and len(name) < 57
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
-    [train] = manifests.manifests("train", root, hosts=1, settings=HostSettings(image="i"), **made)[0]["spec"][
+    [alone] = manifests.manifests("vae", root, hosts=1, settings=HostSettings(image="i"), **made)[0]["spec"][
         "template"
     ]["spec"]["containers"]
-    assert train["command"] == ["python", "-m", "dit.stages.train"]
+    assert alone["command"] == ["python", "-m", "dit.stages.vae"]
 
 
 def test_every_option_reaches_the_manifest_which_kubernetes_accepts():

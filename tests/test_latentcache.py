@@ -10,7 +10,7 @@ from test_storage import credentials, faulty  # noqa: F401 (fixtures)
 
 from dit import latentcache
 from dit.checkpoint import load_tensors, save_tensors
-from dit.latents import LatentDataset, conditions
+from dit.dataset import LatentDataset, conditions
 from dit.paths import file_sha256
 from dit.places import File, Folder, OutOfReach
 from dit.storage import Bucket

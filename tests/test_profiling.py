@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit.checkpoint import save_tensors
-from dit.latents import LatentDataset
+from dit.dataset import LatentDataset
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.paths import write_json

@@ -5,8 +5,8 @@ import torch
 
 from dit.alignment import AlignmentConfig
 from dit.checkpoint import load_tensors, save_tensors
+from dit.dataset import LatentDataset
 from dit.ema import gamma_of
-from dit.latents import LatentDataset
 from dit.model import DiT, ModelConfig
 from dit.monitor import COLUMNS
 from dit.objective import ObjectiveConfig

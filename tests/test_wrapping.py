@@ -13,7 +13,7 @@ import torch.distributed
 from dit import parallel
 from dit.alignment import AlignmentConfig
 from dit.checkpoint import save_tensors
-from dit.latents import LatentDataset
+from dit.dataset import LatentDataset
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.parallel import World, world

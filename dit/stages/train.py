@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from dit import entry, finetune, latents, registry, resume, runtime, storage, tracking
+from dit import dataset, entry, finetune, registry, resume, runtime, storage, tracking
 from dit.checkpoint import CONDITIONS, load_tensors, network_config, power_file, save_tensors
+from dit.dataset import LatentDataset
 from dit.initial import Initial, open_initial, require_latents
-from dit.latents import LatentDataset, read_index
+from dit.latents import read_index
 from dit.model import DiT, ModelConfig
-from dit.monitor import COLUMNS, Speed, flops_per_image, peak_flops
+from dit.monitor import COLUMNS
 from dit.objective import ObjectiveConfig, require_objective
 from dit.parallel import World, world
 from dit.paths import Paths, publish, write_json
@@ -30,6 +31,7 @@ from dit.preview import previews
 from dit.runtime import RunConfig
 from dit.saving import Saver
 from dit.scoring import scores
+from dit.speed import Speed, flops_per_image, peak_flops
 from dit.states import SavedState
 from dit.trainer import fit, share
 from dit.training import TrainConfig, mathematics
@@ -99,7 +101,7 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
             with publish(paths.artifacts / "train", paths.scratch) as folder:
                 export(folder, work, saver.last, network, train, config)
                 if model.condition == "embeddings":
-                    save_tensors(folder / "ema" / CONDITIONS, latents.conditions(encoded))
+                    save_tensors(folder / "ema" / CONDITIONS, dataset.conditions(encoded))
             work.note(export=resume.dvc_hash(paths.artifacts / "train"))
 
 
