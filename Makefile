@@ -14,7 +14,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow check lint format up down status deploy clean lock
+.PHONY: help repro test test-slow test-long check lint format up down status deploy clean lock
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,7 +28,10 @@ test: .venv/.installed ## run the tests (under 8 minutes on two cores)
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.installed ## run the tests that take longer
-	@$(BIN)/python -m pytest -m slow -n logical --maxprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m "slow and not long" -n logical --maxprocesses 2 --dist loadfile
+
+test-long: .venv/.installed ## run the few tests that take minutes each
+	@$(BIN)/python -m pytest -m long
 
 check: .venv/.installed ## validate params.yaml for every stage at once
 	@$(BIN)/python -m dit.cli check && echo "params.yaml is valid"

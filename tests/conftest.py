@@ -1,8 +1,12 @@
 """What several test files need: reference tensors, and one thread, so that sums come out the same everywhere."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import sqlite3
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,13 +30,28 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A Prefect server of its own on a fresh database, for one test file."""
-    from prefect.testing.utilities import prefect_test_harness
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory):
+    """Where the first Prefect server leaves a copy of its fresh database: its migrations take longer than its start."""
+    return tmp_path_factory.mktemp("migrated") / "prefect-test.db"
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+
+@pytest.fixture(scope="module")
+def server(migrated):
+    """A Prefect server of its own on a fresh database, for one test file."""
+    from prefect.testing import utilities
+
+    folder = Path(tempfile.mkdtemp())  # Prefect deletes it at the end
+    if migrated.exists():
+        shutil.copy(migrated, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utilities, "mkdtemp", lambda: str(folder))
+        with utilities.prefect_test_harness(server_startup_timeout=120):
+            if not migrated.exists():
+                with contextlib.closing(sqlite3.connect(folder / migrated.name)) as database:
+                    with contextlib.closing(sqlite3.connect(migrated)) as copy:
+                        database.backup(copy)
+            yield
 
 
 @pytest.fixture(scope="session")

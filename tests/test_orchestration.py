@@ -297,6 +297,7 @@ def test_a_training_that_is_cancelled_and_killed_in_every_way_ends_as_if_nothing
     assert local.result(number, "train/model.safetensors", text=False) == undisturbed(local.root, tmp_path / "clone")
 
 
+@pytest.mark.long
 def test_what_is_prepared_here_goes_on_on_another_machine_and_nothing_is_booked_for_what_is_done(
     local, micro, tmp_path
 ):

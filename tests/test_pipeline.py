@@ -102,8 +102,10 @@ def test_deleted_results_come_back_from_the_cache_without_work(copy):
     assert (copy / "artifacts" / "train" / "model.safetensors").exists()
 
 
-def lengthen(folder, steps=1500):
-    """A training that lasts long enough to be interrupted."""
+STEPS = 600  # of a training that lasts long enough to be interrupted after its first 100
+
+
+def lengthen(folder, steps=STEPS):
     params = folder / "params.yaml"
     params.write_text(params.read_text().replace("max_steps: 12 ", f"max_steps: {steps} "))
     params.write_text(params.read_text().replace("checkpoint_every_steps: 5 ", "checkpoint_every_steps: 100 "))
@@ -177,7 +179,7 @@ def test_killed_while_training_and_run_again_equals_uninterrupted(copy, victim, 
     assert victim == "dvc" or max(counts) == 1, "two trainers at a time"
     assert b"going on at step" in printed
     repro(whole, "train")
-    for name in ("model.safetensors", "ema/step-00001500.safetensors", "loss.csv"):
+    for name in ("model.safetensors", f"ema/step-{STEPS:08d}.safetensors", "loss.csv"):
         assert (copy / "artifacts" / "train" / name).read_bytes() == (
             whole / "artifacts" / "train" / name
         ).read_bytes(), name
@@ -194,7 +196,7 @@ def test_interrupted_by_the_keyboard_it_saves_and_goes_on(copy):
     told = json.loads((copy / "scratch" / "outcome" / "train.json").read_text())
     assert told["status"] == "interrupted" and "saved" in told["message"]
     step = max(int(state.stem.removeprefix("step-")) for state in states(copy) - before)
-    assert f"going on at step {step} of 1500" in repro(copy, "train")
+    assert f"going on at step {step} of {STEPS}" in repro(copy, "train")
 
 
 def forget(folder, stage):
