@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dit.checkpoint import Checkpoint
-from dit.dataset import conditions
 from dit.generation import generate, num_choices
 from dit.grids import grid
 from dit.model import DiT
@@ -21,9 +21,17 @@ SETTINGS = {"transport": Setting("preview", 1.5, "heun", 10), "diffusion": Setti
 
 
 def previews(
-    paths: Paths, folder: Path, config: dict[str, Any], show: Callable[[str, np.ndarray, int], None]
+    paths: Paths,
+    folder: Path,
+    config: dict[str, Any],
+    show: Callable[[str, np.ndarray, int], None],
+    conditions: dict[str, Tensor] | None = None,
 ) -> Callable[[int, Callable[[], DiT]], None]:
-    """An `observe(step, average)` for trainer.fit that keeps a grid in `folder` and hands it to `show`."""
+    """An `observe(step, average)` for trainer.fit that keeps a grid in `folder` and hands it to `show`.
+
+    `conditions` are what a network that is conditioned on embeddings is asked with (`dit.dataset`).
+    """
+    bank = conditions and {key: some[:COLUMNS] for key, some in conditions.items()}
     autoencoder: list[Autoencoder] = []
 
     def observe(step: int, average: Callable[[], DiT]) -> None:
@@ -31,8 +39,6 @@ def previews(
             network = average()
             if not autoencoder:
                 autoencoder.append(Autoencoder.load(paths.artifacts / "vae", network.pos_embed.device))
-            by_features = network.config.condition == "embeddings"
-            bank = conditions(paths.artifacts / "encode", limit=COLUMNS) if by_features else None
             sheet = draw(Checkpoint(network, config, bank), autoencoder[0])
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(sheet).save(folder / f"step-{step:08d}.png")

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from tiny_model import write_model
 
-from dit.checkpoint import load_checkpoint, save_tensors
-from dit.paths import Paths, write_json
+from dit.checkpoint import load_checkpoint
+from dit.paths import Paths
 from dit.preview import previews
 
 
@@ -50,14 +50,11 @@ def test_a_model_of_embeddings_is_shown_with_held_out_ones(tmp_path):
     paths = Paths(tmp_path)
     write_model(paths.artifacts, condition_shape=(2, 5))
     checkpoint = load_checkpoint(paths.artifacts / "ema")
-    (paths.artifacts / "encode").mkdir()
-    save_tensors(paths.artifacts / "encode" / "h.safetensors", checkpoint.conditions)
-    write_json(
-        paths.artifacts / "encode" / "index.json",
-        {"features": {"shape": [2, 5]}, "shards": [{"file": "h.safetensors", "split": "heldout"}]},
-    )
     shown = []
-    previews(paths, tmp_path / "p", checkpoint.config, lambda *told: shown.append(told))(1, lambda: checkpoint.model)
+    observe = previews(
+        paths, tmp_path / "p", checkpoint.config, lambda *told: shown.append(told), checkpoint.conditions
+    )
+    observe(1, lambda: checkpoint.model)
     [(_, sheet, _)] = shown
     assert sheet.shape[:2] == (2 * 17 - 1, 7 * 17 - 1) and sheet.std() > 0
 

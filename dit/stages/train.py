@@ -26,7 +26,7 @@ from dit.monitor import COLUMNS
 from dit.objective import ObjectiveConfig, require_objective
 from dit.parallel import World, world
 from dit.paths import Paths, publish, write_json
-from dit.places import Folder, Place
+from dit.places import Folder
 from dit.preview import previews
 from dit.runtime import RunConfig
 from dit.saving import Saver
@@ -49,7 +49,9 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
     initial = initial_weights(train, index, paths, us)
     torch.manual_seed(train.seed)
     network = new_network(model, index).to(device)
-    data = training_latents(train, run, paths, us)
+    lie = lying(run, paths)
+    data = training_latents(train, run, paths, us, lie)
+    asked_with = dataset.conditions(encoded, **lie) if us.main and model.condition == "embeddings" else None
     config = describe(network, objective, train, index, initial)
     name = mathematics(network, objective, train, index["digest"], initial and initial.digest)
     with resume.begun(paths, name, train.max_steps, run=run, world=us) as work:
@@ -85,8 +87,10 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
                         log=log,
                         speed=speed(network, train, us, begin.step if begin else 0),
                         save=saver.save,
-                        observe=previews(paths, work.folder / "previews", config, mirror.image if us.main else None),
-                        score=scores(encoded, objective, train.precision, log),
+                        observe=previews(
+                            paths, work.folder / "previews", config, mirror.image if us.main else None, asked_with
+                        ),
+                        score=scores(encoded, objective, train.precision, log, **lie),
                         should_stop=lambda: asked(saver.seconds),
                         last_good=lambda: saver.last and saver.last.path.name,
                     )
@@ -100,8 +104,8 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
         if us.main:
             with publish(paths.artifacts / "train", paths.scratch) as folder:
                 export(folder, work, saver.last, network, train, config)
-                if model.condition == "embeddings":
-                    save_tensors(folder / "ema" / CONDITIONS, dataset.conditions(encoded))
+                if asked_with is not None:
+                    save_tensors(folder / "ema" / CONDITIONS, asked_with)
             work.note(export=resume.dvc_hash(paths.artifacts / "train"))
 
 
@@ -118,7 +122,7 @@ def initial_weights(train: TrainConfig, index: dict[str, Any], paths: Paths, us:
     return initial
 
 
-def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World) -> LatentDataset:
+def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World, lie: dict[str, Any]) -> LatentDataset:
     """The latents as `train` and `run` ask for them. Raises ValueError where they are not there, or do not fit."""
     return LatentDataset(
         paths.artifacts / "encode",
@@ -129,16 +133,17 @@ def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World
         parts=train.data_parts,
         rows=share(train.global_batch_size, us),
         where=run.latents,
-        source=_place(run.latents_from, paths),
-        cache=paths.memory / "latents",
-        cache_gb=run.cache_gb,
+        **lie,
     )
 
 
-def _place(told: str | None, paths: Paths) -> Place | None:
-    if told is None:
-        return None
-    return storage.Bucket(told) if told.startswith("s3://") else Folder(str(paths.given(told)))
+def lying(run: RunConfig, paths: Paths) -> dict[str, Any]:
+    """Where latents are taken from that are not in the folder, and where they are kept."""
+    told, source = run.latents_from, None
+    if told is not None:
+        bucket = told.startswith("s3://")
+        source = storage.Bucket(told, "run.latents_from") if bucket else Folder(str(paths.given(told)))
+    return {"source": source, "cache": paths.memory / "latents", "cache_gb": run.cache_gb}
 
 
 def new_network(model: ModelConfig, index: dict[str, Any]) -> DiT:
