@@ -112,9 +112,13 @@ def conflicts(sections: dict[str, Any], root: Path | None = None):
     if sample.num_images <= sections["evaluate"].nearest_k:
         yield f"sample.num_images: {sample.num_images} is too few for evaluate.nearest_k {sections['evaluate'].nearest_k}"
     train, ema, register = sections["train"], sections["ema"], sections["register"]
-    batch, processes = train.global_batch_size, sections["run"].processes
-    if processes > 1 and batch % processes:
-        yield f"run.processes: {processes} do not divide train.global_batch_size {batch}: choose a number that does"
+    run, batch = sections["run"], train.global_batch_size
+    if run.processes > 1 and batch % run.processes:
+        yield f"run.processes: {run.processes} do not divide train.global_batch_size {batch}: choose a number that does"
+    if run.latents == "streamed" and run.latents_from is None:
+        yield "run.latents: streamed needs run.latents_from, which is null: name a bucket or a folder"
+    if train.classes != "natural" and not data.num_classes:
+        yield "train.classes: images without labels have no classes: set it to natural"
     guided = [setting.name for setting in sample.settings if setting.cfg_scale != 1]
     if guided and train.class_dropout_prob == 0 and train.max_steps:
         yield f"train.class_dropout_prob: 0 leaves the null label untrained, and sample.settings {guided[0]!r} guides with it"

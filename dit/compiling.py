@@ -57,6 +57,8 @@ def compile_blocks(network: DiT) -> bool:
     if not compiler(kind):
         say(f"run.compile: this machine has no compiler for {kind}, the network runs uncompiled")
         return False
+    # Else several processes' graphs are cut where gradients are exchanged; a block is small enough to overlap with that.
+    torch._dynamo.config.optimize_ddp = False
     for block in network.blocks:
         block.forward = partial(row_by_row, torch.compile(block.forward, dynamic=False))
     return True

@@ -108,7 +108,8 @@ def _forbid_unknown(kind: type, config: Any) -> None:
 
 
 def _explain(section: str, kind: type, fault: dict[str, Any]) -> str:
-    where = ".".join([section, *(str(part) for part in fault["loc"])])
+    # A setting of several kinds has them in its place: ("classes", "literal['natural','balanced']").
+    where = ".".join([section, *(str(part) for part in fault["loc"] if "[" not in str(part))])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = _section_at(kind, fault["loc"][:-1])

@@ -55,4 +55,6 @@ def _line(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[fl
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv) <= 4:
+        sys.exit("python -m dit.curves LOSS.CSV CURVE.SVG [TITLE]")
     write_atomic(Path(sys.argv[2]), loss_svg(Path(sys.argv[1]), *sys.argv[3:4]).encode())

@@ -12,6 +12,7 @@ from dit.latentcache import Streamed
 from dit.latents import read_index
 from dit.latentshards import Mapped, Memory, Shards, images_in, lying, map_file
 from dit.order import Batches, Mix, Order, deal
+from dit.parallel import local_rank, local_size
 from dit.places import Place
 from dit.randomness import permutation
 
@@ -65,12 +66,17 @@ class LatentDataset:
         where = lying(files, wanted, source) if where == "auto" else where
         self.shards: Shards
         if where == "streamed":
-            self.shards = Streamed(entries, wanted, source, cache, cache_gb, self.batches.at_a_time(here))
+            self.shards = Streamed(entries, wanted, source, cache, cache_gb, self.batches.at_a_time(self._near(here)))
         else:
             self.shards = (Memory.read if where == "memory" else Mapped)(files, torch.tensor(sizes), wanted)
         normalization = index["normalization"]
         self.shift = torch.tensor(normalization["mean"]).view(1, -1, 1, 1)
         self.scale = torch.tensor(normalization["std"]).view(1, -1, 1, 1)
+
+    def _near(self, rows: range) -> range:
+        """The rows of all processes of this machine, which share a cache; each has as many."""
+        each, first = len(rows), rows.start - local_rank() * len(rows)
+        return range(max(0, first), min(self.global_batch_size, first + local_size() * each))
 
     @property
     def mirror(self) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from queue import Full, Queue
 from threading import Event, Thread
 from types import TracebackType
@@ -76,14 +77,14 @@ class Feed(Iterator[dict[str, Tensor]]):
         return self.data.batch(step, self.part, keys=keys, pin=self._copies is not None)
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
+        return {key: tensor.to(self.device, non_blocking=self._copies is not None) for key, tensor in batch.items()}
 
     def _work(self) -> None:
         try:
             for step in self._steps:
                 if self._ending.is_set():
                     return
-                with torch.cuda.stream(self._copies):  # beside the computation; does nothing where there is none
+                with torch.cuda.stream(self._copies) if self._copies else nullcontext():  # beside the computation
                     batch, arrived = self._gathered(step), None
                     if self._copies is not None:
                         batch, arrived = self._on_device(batch), self._copies.record_event()

@@ -217,7 +217,7 @@ def told_as_ours() -> Iterator[None]:
     """Errors of a place, which speaks of data.source, with the setting's name that is meant."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise ValueError(
             f"run.latents_from: {error.filename} is not there, or not as it was: copy artifacts/encode there"
         ) from None

@@ -18,6 +18,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MOST_OPEN = 16_384  # mapped files; Linux lets a process have 65,530 mappings
 MEMORY_SHARE = 0.4  # of the machine's, that latents may take: copies, weights and states need theirs
 HEADER_BYTES = 64 << 20  # a longer one is none
 
@@ -183,6 +184,8 @@ class Mapped:
     def shard(self, number: int) -> dict[str, Tensor]:
         """A shard's tensors. Raises ValueError where it is missing, torn or of other latents."""
         if number not in self._open:
+            while len(self._open) >= MOST_OPEN:
+                del self._open[next(iter(self._open))]
             self._open[number] = open_shard(self.files[number], self.pieces, int(self.sizes[number]))
         return self._open[number]
 

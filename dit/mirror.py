@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from dit.paths import file_sha256
-from dit.places import Folder, Place
+from dit.places import Folder, OutOfReach, Place
 from dit.states import BESIDE, SavedState, count, forget, parsed, stem
 
 NOTES = "work.json"
@@ -149,7 +150,8 @@ class Mirror:
 
     def _send(self, saved: SavedState) -> None:
         names = self._names()
-        self.shelf.forget_unfinished()
+        with suppress(ValueError, OutOfReach):  # what an earlier upload left costs money and harms nothing
+            self.shelf.forget_unfinished()
         for file in sorted((self.folder / BESIDE).glob("*.safetensors")):
             name, told = f"{BESIDE}/{file.name}", file.stat()
             before = names.get(name) == told.st_size and told.st_mtime < self._began - 1  # (clocks of disks are coarse)
@@ -167,7 +169,7 @@ class Mirror:
         """Let go of older states, and of what was left of copies that did not end."""
         steps = {name: int(found[1]) for name in names if (found := re.match(r"step-(\d{8,})[./]", name))}
         counted = [step for step in _steps(names) if step < saved.step]
-        kept = {saved.step, *counted[len(counted) - (self.keep - 1) :]}
+        kept = {saved.step, *counted[max(0, len(counted) - (self.keep - 1)) :]}
         gone = {name for name, step in steps.items() if step not in kept and (step < saved.step or self.instead)}
         for name in sorted(gone, key=lambda name: not name.endswith(".json")):  # first what makes them count
             self.shelf.delete(name)

@@ -96,7 +96,7 @@ class Monitor:
 
     def _settle(self) -> None:
         """Fetch the steps that are not fetched yet, and add them up."""
-        mine = torch.stack(self._steps).double().cpu() if self._steps else torch.zeros(0, len(self._sums))
+        mine = torch.stack(self._steps).cpu().double() if self._steps else torch.zeros(0, len(self._sums))
         self._steps = []
         parts = self.world.gather(mine)  # not reduced: how a reduction rounds depends on how much it is given
         steps = None

@@ -30,7 +30,8 @@ class Mix:
         """
         upto = self.counts[list(shards)].cumsum(0)
         images = upto[-1]
-        weights = [weight * bool(count) for weight, count in zip(self.weights, images.tolist(), strict=True)]
+        here = (images / self.counts.sum(0).clamp(min=1)).tolist()  # of each class's images, where shards are dealt out
+        weights = [weight * share for weight, share in zip(self.weights, here, strict=True)]
         shares = torch.tensor(list(accumulate(weights)), dtype=torch.float64)
         chance = generator(*name)
         ends = (shares / shares[-1] * size + torch.rand((), dtype=torch.float64, generator=chance)).floor().long()

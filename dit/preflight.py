@@ -5,6 +5,7 @@ flow's, and the flow's process imports no torch. A person types `dit check`. Wha
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def _preflight(
 ) -> Preflight:
     from dit import check, workload
     from dit.estimate import Device, device_named
+    from dit.latentshards import MEMORY_SHARE
 
     data, vae, train, run = (sections[name] for name in ("data", "vae", "train", "run"))
     faults, warnings = [], []
@@ -171,6 +173,7 @@ def _preflight(
     if "train" in todo and train.init_from:
         faults += reach.registered_model(train.init_from, paths)
     network = workload.network_of(sections, check.latent_factor(vae, paths.root), paths.artifacts)
+    network["batch_size"] = min(network["batch_size"], -(-train.global_batch_size // devices))
     cores = os.cpu_count() or 1
     hours_of, count = {}, images or 0
     if fast := workload.speeds(machine, train.precision, _threads(run), chosen if isinstance(chosen, Device) else None):
@@ -183,6 +186,8 @@ def _preflight(
         price = sum(hours_of.get(name, 0) for name in ACCELERATED) * devices * price_usd_per_hour
     asked = {name: size for name, size in workload.memory(sections, network).items() if name in todo}
     latents = workload.latents_bytes(sections, network, count) if "train" in asked else 0
+    share = MEMORY_SHARE * machine.memory_bytes if machine.device == "cpu" else 0
+    latents = latents if latents <= {"memory": math.inf, "auto": share}.get(run.latents, 0) else 0  # read as needed
     if machine.device == "cpu":
         _weigh_time(hours, machine, faults, warnings)
         asked |= {"train": asked["train"] + latents} if "train" in asked else {}

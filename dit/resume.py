@@ -195,14 +195,14 @@ def _md5(file: Path) -> str:
 
 
 def clean(paths: Paths) -> int:
-    """Delete the states of trainings that no process is at, and fetched weights if none is; return the bytes freed."""
+    """Delete the states of trainings that no process is at, and fetched weights and latents if none is; return the bytes freed."""
     freed, busy = 0, False
     for folder in _trainings(paths).glob("*"):
         with locks.tried(_lock(paths, folder.name)) as free:
             freed += _delete(folder) if free else 0
             busy = busy or not free
     if not busy:
-        freed += sum(_delete(folder) for folder in (paths.memory / "initial").glob("*"))
+        freed += sum(_delete(folder) for folder in [*(paths.memory / "initial").glob("*"), paths.memory / "latents"])
     return freed
 
 

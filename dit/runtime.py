@@ -1,6 +1,8 @@
 """What the machine is: device, precision, threads. Settings that change no weights live here, in `run`."""
 
+import math
 import os
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -51,9 +53,13 @@ class RunConfig:
             raise ValueError(
                 f"num_threads must be at most {4 * (os.cpu_count() or 1)} on this machine, got {self.num_threads}"
             )
+        for name in ("latents_from", "mirror"):
+            told = getattr(self, name)
+            if told is not None and (not told.strip() or not re.match(r"(?!\w+:)|s3://[^/]", told)):
+                raise ValueError(f"{name} must be null, a folder or s3://bucket/prefix, got {told!r}")
         for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
 
 
 def start(run: RunConfig) -> torch.device:

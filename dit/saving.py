@@ -52,7 +52,9 @@ class Saver:
     ):
         """`before(saved)` is called in the main process's thread when all is written, and before the state counts."""
         self.folder, self.keep, self.world, self.mirror, self.before = folder, keep, world, mirror, before
-        self.seconds = 0.0  # that the last save took, until it counted; known to who wrote
+        self.seconds = (
+            0.0  # that the last save took, until it counted; before the first, what it may take; known to who writes
+        )
         self.last: SavedState | None = None  # the last that counted; known to who wrote
         self._staging = parts.Staging()
         self._thread: threading.Thread | None = None

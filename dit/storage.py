@@ -35,7 +35,10 @@ NOT_KNOWN = {
     "AuthorizationHeaderMalformed", "RequestTimeTooSkewed",
 }  # fmt: skip
 PASSING = {"SlowDown", "RequestTimeout", "Throttling", "BadDigest", "IncompleteBody"}
-READING, WRITING = "s3:ListBucket and s3:GetObject", "s3:PutObject and s3:DeleteObject"
+READING, WRITING = (
+    "s3:ListBucket and s3:GetObject",
+    "s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload and s3:ListBucketMultipartUploads",
+)
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 

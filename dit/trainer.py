@@ -73,17 +73,22 @@ def fit(
         network, betas=train.betas, weight_decay=train.weight_decay, power_ema=train.power_ema, projector=projector
     )
     monitor = Monitor(device, size, us, max_bad_steps=run.max_bad_steps, last_good=last_good)
-    agreement, step, rows = Agreement(), begin, []
+    agreement, step, rows, whole = Agreement(), begin, [], None
     if resume:
         resume.load_into(learner.tensors())
-        monitor.load(resume.values["monitor"])
-        rows = [list(row) for row in resume.values["rows"]]
+        values = resume.values
+        whole = values.get("whole")
+        if whole and step < train.max_steps:  # longer than it was to be: the end had cut a row short
+            values, whole = values | whole, None
+        monitor.load(values["monitor"])
+        rows = [list(row) for row in values["rows"]]
     data = copy(data)
     for name in ("shift", "scale"):  # once: the host waits for each such copy
         setattr(data, name, getattr(data, name).to(device))
 
     def state() -> TrainingState:
-        return TrainingState(step, learner.tensors(), {"rows": rows.copy(), "monitor": monitor.values()})
+        values = {"rows": rows.copy(), "monitor": monitor.values(), "whole": whole}
+        return TrainingState(step, learner.tensors(), values)
 
     progress = Progress("train", train.max_steps * size, before=step * size)
     saved = None
@@ -99,6 +104,8 @@ def fit(
             step += 1
             last = step == train.max_steps
             if step % run.log_every_steps == 0 or last:
+                if step % run.log_every_steps:
+                    whole = {"rows": rows.copy(), "monitor": monitor.values()}
                 row = monitor.row(step, train.lr_at(step - 1))
                 rows.append([row[name] for name in COLUMNS])
                 told = {name: value for name, value in row.items() if name != "step" and value is not None}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -45,7 +46,13 @@ class TrainConfig:
         if self.init_from is not None and not self.init_from.strip():
             raise ValueError("init_from must be null, a checkpoint folder or models:/NAME@ALIAS, got an empty text")
         self._check_power_ema()
-        for name in ("warmup_steps", "snapshot_every_steps", "grad_clip", "weight_decay"):
+        if not 1 <= self.data_parts <= self.global_batch_size:
+            raise ValueError(f"data_parts must be 1 to global_batch_size, got {self.data_parts}")
+        if isinstance(self.classes, dict) and not (
+            min(self.classes.values(), default=0) >= 0 and max(self.classes.values(), default=1) < math.inf
+        ):
+            raise ValueError(f"classes must have weights of 0 or more, got {self.classes}")
+        for name in ("warmup_steps", "snapshot_every_steps", "grad_clip", "weight_decay", "shuffle_window"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:

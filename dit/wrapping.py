@@ -73,7 +73,9 @@ class Wrapped:
             _shard(self.whole, train.precision, device)
         if not (run.activation_checkpointing and device.type == "cpu"):  # what is faster there has no blocks
             ahead = 6 * _macs(network) * (train.max_steps - steps_done) * train.global_batch_size / world.size
-            settings = {"precision": train.precision, "compile": run.compile, "work_ahead_flops": ahead}
+            # The choice would hang on how much is left: a training that goes on late would round otherwise.
+            chosen = "off" if run.deterministic and run.compile == "auto" else run.compile
+            settings = {"precision": train.precision, "compile": chosen, "work_ahead_flops": ahead}
             predict = for_training(network, **settings)
             self.whole.predict = predict.__call__  # no module of its own: its parameters are the network's
 

@@ -4,8 +4,9 @@ import os
 import pytest
 import torch
 
+from dit import latentshards
 from dit.checkpoint import load_tensors, save_tensors
-from dit.latentshards import file_layout, images_in, lying, map_file, memory_bytes, open_shard
+from dit.latentshards import Mapped, file_layout, images_in, lying, map_file, memory_bytes, open_shard
 
 
 @pytest.fixture
@@ -73,3 +74,14 @@ def test_memory_is_the_machines(tmp_path):
     assert 2**28 < memory_bytes() < 2**50
     (tmp_path / "a").write_text(json.dumps("small"))
     assert lying([tmp_path / "a", tmp_path / "b"], [0], None) == "memory"
+
+
+def test_only_so_many_files_are_mapped_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(latentshards, "MOST_OPEN", 2)
+    files = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for number, file in enumerate(files):
+        save_tensors(file, {"label": torch.full((3,), number)})
+    mapped = Mapped(files, torch.full((5,), 3), range(5))
+    for indices in (torch.arange(15), torch.tensor([14, 0, 7])):
+        assert mapped.gather(indices, ["label"], False)["label"].tolist() == (indices // 3).tolist()
+        assert len(mapped._open) <= 2

@@ -167,6 +167,12 @@ def test_a_copy_that_fails_is_said_and_the_next_state_is_another_try(folder, far
     assert mirror.steps() == [15] and len(said) == 1
 
 
+@pytest.mark.parametrize("keep", [1, 2, 5, 9])
+def test_the_last_ones_are_kept(folder, far, keep):
+    save(folder, FolderShelf("far", far), *range(1, 8), keep=keep)
+    assert FolderShelf("far", far) and names(far) == names(folder)
+
+
 @pytest.mark.parametrize("stuck", ["step-00000010.safetensors", "step-00000010.json"])
 def test_sigkill_in_a_copy_harms_nothing(tmp_path, folder, far, stuck):
     save(folder, FolderShelf("far", far), 5)

@@ -112,6 +112,19 @@ def test_labels_that_the_index_does_not_count_are_refused():
         epochs(Order([6, 6], 0, mix=other), 1)
 
 
+def test_classes_have_their_share_of_all_parts_together():
+    classes, each, parts = 20, 12, 4  # shards sorted by class, as they are cut, the last classes having fewer
+    sizes = [6 if shard < classes * each // 2 else 3 for shard in range(classes * each)]
+    labels = [torch.full((size,), shard // each) for shard, size in enumerate(sizes)]
+    counts = torch.stack([label.bincount(minlength=classes) for label in labels])
+    mix = Mix([1.0] * classes, counts, lambda shard: labels[shard])
+    orders = [
+        Order(sizes, 0, mix=mix, shards=shards, stream=("part", part)) for part, shards in enumerate(deal(sizes, parts))
+    ]
+    seen = torch.cat([torch.cat(labels)[epochs(order, 20).flatten()] for order in orders]).bincount(minlength=classes)
+    assert (seen / seen.sum() * classes - 1).abs().max() < 0.1
+
+
 @settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20), parts=st.integers(1, 6))
 def test_shards_are_dealt_once_and_evenly(sizes, parts):

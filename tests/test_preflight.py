@@ -97,6 +97,21 @@ def test_more_than_the_memory_is_refused_with_what_would_fit(project):
     assert drawing.startswith("sample.block_images: 1000 at a time take ")
 
 
+def test_each_device_takes_its_share_of_the_batch(project):
+    small = Device("small", 1e14, 400e6, 1.0)
+    alone = told(project, "model.hidden_size=256", "train.global_batch_size=4096", device=small)
+    assert alone.faults and told(project, device=small, devices=512).faults == []
+
+
+def test_latents_take_memory_only_where_they_lie_there(project, monkeypatch):
+    monkeypatch.setattr(preflight.reach, "source", lambda data, paths, faults: (200_000_000, "200,000,000 images"))
+    options = {"stale": ["train"]}
+    faults = {
+        how: " ".join(told(project, f"run.latents={how}", **options).faults) for how in ("memory", "mapped", "auto")
+    }
+    assert "at a time take" in faults["memory"] and "at a time take" not in faults["mapped"] + faults["auto"]
+
+
 def test_what_is_missing_is_refused_unless_anyway(project):
     missing = told(project, "data.source=nowhere", "train.init_from=weights/none", "reference.extractor=inception",
                    "reference.weights=none.pth", "register.metric=fid")  # fmt: skip

@@ -37,6 +37,7 @@ from dit.trainer import fit, share
 from dit.training import TrainConfig, mathematics
 
 MIRROR_SECONDS = 60.0  # for which a training that is told to stop waits for its last state to be copied
+STATE_COPIES, SLOW_DISK = 4, 200e6  # of the weights in a state; bytes a second: until a save has been timed
 WORTH_TIMING = 1e12  # operations of a training, from which on it pays to time what a CPU could do
 
 
@@ -74,7 +75,10 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
             saver = Saver(
                 work.folder, run.keep_checkpoints, world=us, mirror=work.mirror, before=partial(snapshot, train=train)
             )
-            saver.last = begin
+            saver.last, saver.seconds = (
+                begin,
+                STATE_COPIES * 4 * sum(p.numel() for p in network.parameters()) / SLOW_DISK,
+            )
             with entry.deferred_interrupts(run) as asked:
                 try:
                     state = fit(
@@ -91,7 +95,7 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
                             paths, work.folder / "previews", config, mirror.image if us.main else None, asked_with
                         ),
                         score=scores(encoded, objective, train.precision, log, **lie),
-                        should_stop=lambda: asked(saver.seconds),
+                        should_stop=lambda: asked(saver.seconds + (MIRROR_SECONDS if run.mirror else 0)),
                         last_good=lambda: saver.last and saver.last.path.name,
                     )
                     if saver.last is None and not train.max_steps:
