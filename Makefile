@@ -28,7 +28,8 @@ test: .venv/.installed ## run the tests (under 8 minutes on two cores)
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.installed ## run the tests that take longer
-	@$(BIN)/python -m pytest -m "slow and not long" -n logical --maxprocesses 2 --dist loadfile
+	@# The longest file first: the other process takes the rest meanwhile.
+	@$(BIN)/python -m pytest -m "slow and not long" -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder tests/test_orchestration.py tests
 
 test-long: .venv/.installed ## run the few tests that take minutes each
 	@$(BIN)/python -m pytest -m long

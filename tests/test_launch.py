@@ -45,8 +45,8 @@ def toy(run: RunConfig, *, paths: Paths) -> None:
             print("stepping", flush=True)
             while not agreement.ask(stop()):
                 time.sleep(0.02)
-        time.sleep(0.5)
-        (paths.root / f"saved-{us.rank}").touch()
+            time.sleep(0.5)
+            (paths.root / f"saved-{us.rank}").touch()
         raise entry.Interrupted("stopped at step 3")
     us.barrier()
     if us.main:

@@ -153,7 +153,7 @@ def start_and_wait_for_a_state(folder):
     return dvc
 
 
-@pytest.mark.parametrize("victim", ["stage", pytest.param("dvc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", ["stage", pytest.param("dvc", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_killed_while_training_and_run_again_equals_uninterrupted(copy, victim, tmp_path):
     lengthen(copy)
     whole = shutil.copytree(copy, tmp_path / "whole", symlinks=True)
