@@ -25,11 +25,10 @@ repro: .venv/.installed ## run the whole pipeline (dvc repro), as params.yaml sa
 
 test: .venv/.installed ## run the tests (under 8 minutes on two cores)
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.installed ## run the tests that take longer
-	@# The longest file first: the other process takes the rest meanwhile.
-	@$(BIN)/python -m pytest -m "slow and not long" -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder tests/test_orchestration.py tests
+	@$(BIN)/python -m pytest -m "slow and not long" -n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/.installed ## run the few tests that take minutes each
 	@$(BIN)/python -m pytest -m long

@@ -23,6 +23,12 @@ GOLDEN = Path(__file__).parent / "golden"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: the other processes of a parallel run do the rest meanwhile."""
+    longest = ["test_orchestration.py", "test_pipeline.py", "test_local.py", "test_flows.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch
