@@ -19,7 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
         "check", help="validate params.yaml for every stage at once, and say what a run will do"
     )
     command.add_argument("--device", help="what it will run on: H100, ..., cpu; default: this machine's")
-    command.add_argument("--devices", type=int, default=1, metavar="N", help="how many of them")
+    command.add_argument(
+        "--devices", type=int, metavar="N", help="how many of them; default: all of this machine's, else 1"
+    )
     command.add_argument("--stale", metavar="STAGES", help="the stages to run, with commas; default: as DVC says")
     command.add_argument("--no-push", dest="push", action="store_false", help="do without the DVC remote")
     command.add_argument("--elsewhere", action="store_true", help="the device is another machine's, with its own files")

@@ -71,7 +71,7 @@ def ask(
     *,
     stale: Sequence[str] | None = None,
     device: str | None = None,
-    devices: int = 1,
+    devices: int | None = None,
     push: bool = True,
     elsewhere: bool = False,
 ) -> Preflight:
@@ -80,8 +80,9 @@ def ask(
     The arguments are those of `preflight`. Raises ValueError, a line for each fault, where the settings themselves are
     wrong: that no `anyway` helps.
     """
-    words = [sys.executable, "-m", "dit.cli", "check", "--json", "--devices", str(devices)]
+    words = [sys.executable, "-m", "dit.cli", "check", "--json"]
     words += ["--device", device] if device else []
+    words += ["--devices", str(devices)] if devices else []
     words += ["--stale", ",".join(stale)] if stale is not None else []
     words += [*([] if push else ["--no-push"]), *(["--elsewhere"] if elsewhere else [])]
     outside = {name: value for name, value in os.environ.items() if name not in ("DVC_STAGE", "PYTHONSAFEPATH")}
@@ -100,15 +101,16 @@ def checked(
     *,
     stale: Sequence[str] | None = None,
     device: str | None = None,
-    devices: int = 1,
+    devices: int | None = None,
     push: bool = True,
     elsewhere: bool = False,
 ) -> Preflight:
     """The preflight of params.yaml as it stands; what is stale is asked of DVC where it is not given.
 
-    Raises ValueError, a line for each fault, where the settings themselves are wrong.
+    `devices` is one of a `device` that is named, and else what a stage would use of this machine. Raises ValueError, a
+    line for each fault, where the settings themselves are wrong.
     """
-    if devices < 1:
+    if devices is not None and devices < 1:
         raise ValueError(f"--devices must be at least 1, got {devices}")
     with ThreadPoolExecutor(1) as beside:  # while torch is imported
         asked = beside.submit(stale_stages, paths.root) if stale is None else None
@@ -118,7 +120,19 @@ def checked(
         stale = asked.result() if asked else stale
     if unknown := set(stale or ()) - set(STAGES):
         raise ValueError(f"--stale: no stage {', '.join(sorted(unknown))}: choose among {', '.join(STAGES)}")
+    devices = devices or (1 if device else _used(sections["run"]))
     return preflight(sections, paths, stale=stale, device=device, devices=devices, push=push, elsewhere=elsewhere)
+
+
+def _used(run: Any) -> int:
+    """How many accelerators of this machine a stage that is shared will use."""
+    from dit.runtime import accelerators
+
+    try:
+        kind, count = accelerators(run.device)
+    except ValueError:  # which the preflight says itself
+        return 1
+    return 1 if kind == "cpu" else run.processes or count
 
 
 def preflight(

@@ -103,6 +103,14 @@ def test_each_device_takes_its_share_of_the_batch(project):
     assert alone.faults and told(project, device=small, devices=512).faults == []
 
 
+@pytest.mark.parametrize(("processes", "used"), [(0, 8), (4, 4)])
+def test_all_accelerators_of_this_machine_are_counted(project, monkeypatch, processes, used):
+    override(project / "params.yaml", [f"run.processes={processes}"])
+    monkeypatch.setattr("dit.runtime.accelerators", lambda wanted: ("cuda", 8))
+    assert preflight.checked(Paths(project), stale=list(STAGES), push=False).devices == used
+    assert preflight.checked(Paths(project), stale=list(STAGES), push=False, device="H100").devices == 1
+
+
 def test_latents_take_memory_only_where_they_lie_there(project, monkeypatch):
     monkeypatch.setattr(preflight.reach, "source", lambda data, paths, faults: (200_000_000, "200,000,000 images"))
     options = {"stale": ["train"]}
