@@ -396,7 +396,7 @@ def test_what_can_not_be_put_is_said_in_one_line_with_its_setting(faulty, tmp_pa
     with pytest.raises(OutOfReach, match=r"^run.mirror: s3://b/one could not be written to http://127.* in 6 attempts"):
         place.put("one", tmp_path / "state")
     faulty.accept = lambda request: faulty.send(request, 403, b"<Error><Code>AccessDenied</Code></Error>", {})
-    with pytest.raises(ValueError, match="^run.mirror: s3://b/one: no permission: grant s3:PutObject and s3:DeleteObj"):
+    with pytest.raises(ValueError, match="^run.mirror: s3://b/one: no permission: grant s3:PutObject, s3:DeleteObj"):
         place.put("one", tmp_path / "state")
     with pytest.raises(FileNotFoundError):
         place.put("one", tmp_path / "none")

@@ -51,7 +51,7 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
     torch.manual_seed(train.seed)
     network = new_network(model, index).to(device)
     lie = lying(run, paths)
-    data = training_latents(train, run, paths, us, lie)
+    data = training_latents(train, run, paths, us)
     asked_with = dataset.conditions(encoded, **lie) if us.main and model.condition == "embeddings" else None
     config = describe(network, objective, train, index, initial)
     name = mathematics(network, objective, train, index["digest"], initial and initial.digest)
@@ -126,7 +126,7 @@ def initial_weights(train: TrainConfig, index: dict[str, Any], paths: Paths, us:
     return initial
 
 
-def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World, lie: dict[str, Any]) -> LatentDataset:
+def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World) -> LatentDataset:
     """The latents as `train` and `run` ask for them. Raises ValueError where they are not there, or do not fit."""
     return LatentDataset(
         paths.artifacts / "encode",
@@ -137,7 +137,7 @@ def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World
         parts=train.data_parts,
         rows=share(train.global_batch_size, us),
         where=run.latents,
-        **lie,
+        **lying(run, paths),
     )
 
 
