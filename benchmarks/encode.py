@@ -17,13 +17,12 @@ more than the clock.
 import argparse
 import contextlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from telling import tell
 from torch import Tensor
 
 from dit import encoding, heap, reuse, runtime
@@ -259,12 +259,15 @@ def main() -> None:
             else:
                 pictures(Path(folder), given.side, given.images, given.width)
             rows.append(compare(name, Path(folder), given.repeats, words))
-    about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    about |= {"device": device.type, "threads": given.threads, "decoders": encoding.decoders(), "width": given.width}
-    if given.json:
-        print(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in about.items()), table(rows), sep="\n\n")
+    tell(
+        rows,
+        table(rows),
+        as_json=given.json,
+        device=device.type,
+        threads=given.threads,
+        decoders=encoding.decoders(),
+        width=given.width,
+    )
 
 
 if __name__ == "__main__":

@@ -12,20 +12,19 @@ machine too, per second that this process was given a core. Conversion and sampl
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from telling import tell
 
 from dit import runtime
 from dit.checkpoint import save_tensors
@@ -164,12 +163,7 @@ def main() -> None:
     torch.set_num_threads(1)
     device = runtime.pick_device(given.device)
     rows = measure(given.images, given.batch, given.batches, given.repeats, device)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    about |= {"images": given.images, "batch": given.batch, "feeds": device.type}
-    if given.json:
-        print(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in about.items()), table(rows), sep="\n\n")
+    tell(rows, table(rows), as_json=given.json, images=given.images, batch=given.batch, feeds=device.type)
 
 
 if __name__ == "__main__":

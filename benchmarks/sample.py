@@ -12,9 +12,7 @@ them that tells what the machine had to give at that time. Without diffusers, ou
 """
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from telling import tell
 from torch import Tensor
 
 from dit import onednn, runtime
@@ -224,12 +223,7 @@ def main() -> None:
         for name in given.case
         for num_images in given.images or CASES[name].num_images
     ]
-    about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    about |= {"device": device.type, "precision": given.precision, "threads": given.threads}
-    if given.json:
-        print(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in about.items()), table(rows), sep="\n\n")
+    tell(rows, table(rows), as_json=given.json, device=device.type, precision=given.precision, threads=given.threads)
 
 
 if __name__ == "__main__":

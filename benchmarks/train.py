@@ -13,14 +13,12 @@ Where others share the machine, --processor-time counts what this process got of
 """
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from sample import MATRIX_SIDE, matrix_products, seconds
+from telling import tell
 from torch import Tensor
 
 from dit import ema, runtime
@@ -294,13 +293,15 @@ def main() -> None:
         settings = {"tricks": given.tricks, "compiled": given.compile, "clock": clock}
         found = [measure(name, given.repeats, device, precision, **settings) for name in given.case]
         tables = [table(found), *(tricks_table(row) for row in found if given.tricks)]
-    about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    about |= {"device": device.type, "precision": precision, "threads": given.threads}
-    about |= {"time": "the processor's" if given.processor_time else "the clock's"}
-    if given.json:
-        print(json.dumps({"about": about, "rows": [asdict(row) for row in found]}, indent=1))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in about.items()), *tables, sep="\n\n")
+    tell(
+        found,
+        *tables,
+        as_json=given.json,
+        device=device.type,
+        precision=precision,
+        threads=given.threads,
+        time="the processor's" if given.processor_time else "the clock's",
+    )
 
 
 if __name__ == "__main__":

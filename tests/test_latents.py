@@ -1,28 +1,12 @@
-import json
-
 import pytest
+import test_dataset
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit.checkpoint import save_tensors
 from dit.latents import Statistics, draw, index_digest, read_index, require_autoencoder
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encode")
-    (folder / "train").mkdir()
-    shards = []
-    for number, size in enumerate((7, 4)):
-        value = torch.arange(size).float() + 10 * number
-        mean = value.view(-1, 1, 1, 1).expand(size, 2, 3, 3).half()
-        tensors = {"mean": mean, "std": torch.zeros_like(mean), "label": value.long()}
-        save_tensors(folder / "train" / f"{number}.safetensors", tensors)
-        shards.append({"file": f"train/{number}.safetensors", "split": "train", "sha256": str(number)})
-    index = {"shards": shards, "normalization": {"mean": [1.0, 2.0], "std": [2.0, 4.0]}, "classes": ["a"]}
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
+folder = test_dataset.folder
 
 
 def test_drawn_latents_have_the_posteriors_moments_and_the_scale():

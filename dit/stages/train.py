@@ -50,9 +50,9 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
     initial = initial_weights(train, index, paths, us)
     torch.manual_seed(train.seed)
     network = new_network(model, index).to(device)
-    lie = lying(run, paths)
+    far = elsewhere(run, paths)
     data = training_latents(train, run, paths, us)
-    asked_with = dataset.conditions(encoded, **lie) if us.main and model.condition == "embeddings" else None
+    asked_with = dataset.conditions(encoded, **far) if us.main and model.condition == "embeddings" else None
     config = describe(network, objective, train, index, initial)
     name = mathematics(network, objective, train, index["digest"], initial and initial.digest)
     with resume.begun(paths, name, train.max_steps, run=run, world=us) as work:
@@ -75,10 +75,8 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
             saver = Saver(
                 work.folder, run.keep_checkpoints, world=us, mirror=work.mirror, before=partial(snapshot, train=train)
             )
-            saver.last, saver.seconds = (
-                begin,
-                STATE_COPIES * 4 * sum(p.numel() for p in network.parameters()) / SLOW_DISK,
-            )
+            saver.last = begin
+            saver.seconds = STATE_COPIES * sum(p.nbytes for p in network.parameters()) / SLOW_DISK
             with entry.deferred_interrupts(run) as asked:
                 try:
                     state = fit(
@@ -94,7 +92,7 @@ def train(model: ModelConfig, objective: ObjectiveConfig, train: TrainConfig, ru
                         observe=previews(
                             paths, work.folder / "previews", config, mirror.image if us.main else None, asked_with
                         ),
-                        score=scores(encoded, objective, train.precision, log, **lie),
+                        score=scores(encoded, objective, train.precision, log, **far),
                         should_stop=lambda: asked(saver.seconds + (MIRROR_SECONDS if run.mirror else 0)),
                         last_good=lambda: saver.last and saver.last.path.name,
                     )
@@ -137,11 +135,11 @@ def training_latents(train: TrainConfig, run: RunConfig, paths: Paths, us: World
         parts=train.data_parts,
         rows=share(train.global_batch_size, us),
         where=run.latents,
-        **lying(run, paths),
+        **elsewhere(run, paths),
     )
 
 
-def lying(run: RunConfig, paths: Paths) -> dict[str, Any]:
+def elsewhere(run: RunConfig, paths: Paths) -> dict[str, Any]:
     """Where latents are taken from that are not in the folder, and where they are kept."""
     told, source = run.latents_from, None
     if told is not None:
