@@ -61,11 +61,11 @@ signal.signal(signal.SIGTERM, save)
 if todo.get("child"):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
     open(home + "/scratch/child", "w").write(str(child.pid))
-open(home + "/scratch/pid.new", "w").write(str(os.getpid()))
-os.rename(home + "/scratch/pid.new", home + "/scratch/pid")
 print("training with", sys.executable, flush=True)
 tries = int(open(home + "/scratch/tries").read()) if os.path.exists(home + "/scratch/tries") else 0
 open(home + "/scratch/tries", "w").write(str(tries + 1))
+open(home + "/scratch/pid.new", "w").write(str(os.getpid()))  # last: who waits for it may kill at once
+os.rename(home + "/scratch/pid.new", home + "/scratch/pid")
 if tries < todo.get("fail_times", 0):
     outcome("failed", "the network is away", True)
     sys.exit("no network")
