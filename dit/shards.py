@@ -104,27 +104,34 @@ def write_shard(
     A sample is {__key__, png, cls, json}: the key `<generation>-<number>` is safe whatever the file's name, which
     stands in json. Where nothing is readable, no file is written. Raises ValueError if an image is not what scan saw.
     """
-    from webdataset import TarWriter
-
     quarantine = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         open(path, "wb") as file,
-        TarWriter(file, user="dit", group="dit", mode=0o444, mtime=0, compress=False, encoder=False) as writer,
+        tarfile.open(fileobj=file, mode="w") as tar,
     ):
         for first in range(0, len(block.rows), 64):  # bounded: results wait in memory for their turn
             rows = block.rows[first : first + 64]
             for row, png in zip(rows, pool.map(partial(_as_png, data, source), rows), strict=True):
                 if isinstance(png, bytes):
-                    sample = {"png": png, "cls": str(row.label).encode(), "json": json.dumps({"key": row.key}).encode()}
-                    writer.write({"__key__": f"{row.generation:04d}-{row.number:08d}", **sample})
+                    origin = json.dumps({"key": row.key}).encode()
+                    _add(tar, row, cls=str(row.label).encode(), json=origin, png=png)
                 else:
                     quarantine.append({"key": row.key, "reason": png})
             observe(len(rows))
     if len(quarantine) == len(block.rows):
         path.unlink()
     return quarantine
+
+
+def _add(tar: tarfile.TarFile, row: Row, **contents: bytes) -> None:
+    """Add one sample. tarfile, and not webdataset's writer: that imports torch, which this stage has no other use for."""
+    for extension, content in contents.items():
+        member = tarfile.TarInfo(f"{row.generation:04d}-{row.number:08d}.{extension}")
+        member.size, member.mode, member.uname, member.gname = len(content), 0o444, "dit", "dit"
+        tar.addfile(member, io.BytesIO(content))
+    tar.members = []  # tarfile remembers every member it has written
 
 
 def count_classes(block: Block, quarantine: list[dict[str, str]], data: DataConfig) -> list[int]:
@@ -209,7 +216,7 @@ def read_keys(path: Path) -> list[str]:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    # tarfile, and not webdataset: that imports torch, and its readers are made to shuffle, split and resample.
+    # tarfile, and not webdataset: see `_add`, and its readers are made to shuffle, split and resample.
     key, sample = "", {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:

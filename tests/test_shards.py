@@ -216,6 +216,19 @@ def test_webdataset_reads_them(project):
         assert origin["key"].startswith(["cat", "dog"][label])
 
 
+def test_they_are_the_bytes_that_webdataset_writes(project, tmp_path):
+    import webdataset
+
+    for name, content in project.tars().items():
+        samples = shards._samples(project.folder / name)
+        with webdataset.TarWriter(
+            str(tmp_path / "its.tar"), user="dit", group="dit", mtime=0, compress=False, encoder=False
+        ) as its:
+            for key, sample in samples:
+                its.write({"__key__": key, **sample})
+        assert (tmp_path / "its.tar").read_bytes() == content
+
+
 def test_a_run_from_nothing_makes_the_same_bytes(project, tmp_path):
     assert cold(project, tmp_path) == project.files()
 

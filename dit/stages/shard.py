@@ -41,14 +41,12 @@ def make_shards(
 
     The note that goes with a shard is its quarantine; a block without a readable image has no file, and only the note.
     """
-    made, missing = {}, {}
-    for block in blocks:
-        digest, path = input_digest(block, data), folder / block.file
-        path.parent.mkdir(exist_ok=True)
-        earlier = reuse.fetch(index, digest, path)
-        if earlier is None:
-            missing[digest] = block
-        made[block.file] = earlier
+    for split in {block.split for block in blocks}:
+        (folder / split).mkdir(exist_ok=True)
+    digests = {input_digest(block, data): block for block in blocks}
+    found = reuse.fetch_all(index, {digest: folder / block.file for digest, block in digests.items()})
+    missing = {digest: block for digest, block in digests.items() if digest not in found}
+    made = {block.file: found.get(digest) for digest, block in digests.items()}
     progress = Progress("shard", sum(len(block.rows) for block in missing.values()))
     for digest, block in missing.items():
         path = folder / block.file
