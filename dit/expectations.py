@@ -41,12 +41,12 @@ def look(wanted: str = "auto") -> Machine:
 
     import torch
 
-    from dit.runtime import pick_device
+    from dit import runtime
 
-    device = pick_device(wanted)
-    if device.type == "cuda":
-        told = torch.cuda.get_device_properties(device)
-        return Machine("cuda", told.name, told.total_memory, None)
+    device = runtime.pick_device(wanted)
+    own, name = runtime.memory_bytes(device), runtime.device_name(device)
+    if own:
+        return Machine(device.type, name or device.type, int(own), None)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     torch.set_num_threads(1)
     a, best, end = torch.randn(256, 256), float("inf"), time.monotonic() + 0.2
@@ -55,7 +55,7 @@ def look(wanted: str = "auto") -> Machine:
         a @ a
         best = min(best, time.monotonic() - started)
     if device.type != "cpu":  # its own speed is not known
-        return Machine(device.type, device.type, memory, None)
+        return Machine(device.type, name or device.type, memory, None)
     return Machine(device.type, f"one of {os.cpu_count()} CPU threads", memory, 2 * 256**3 / best)
 
 

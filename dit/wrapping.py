@@ -22,7 +22,7 @@ from dit.estimate import training_memory
 from dit.model import DiT
 from dit.objective import ObjectiveConfig, loss_of
 from dit.parallel import World, device_group
-from dit.runtime import RunConfig
+from dit.runtime import RunConfig, memory_bytes
 from dit.training import TrainConfig
 
 Kind = Literal["alone", "ddp", "fsdp"]
@@ -125,11 +125,6 @@ def kind(network: DiT, train: TrainConfig, run: RunConfig, world: World, memory:
         averages=1 + len(train.power_ema),
     )
     return "ddp" if needed < ROOM * memory else "fsdp"
-
-
-def memory_bytes(device: torch.device) -> float | None:
-    """Of a device; None where processes share one memory, or nothing tells."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _shard(losses: Losses, precision: str, device: torch.device) -> None:

@@ -17,12 +17,12 @@ from dit.dataset import LatentDataset
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.parallel import World, world
-from dit.runtime import RunConfig
+from dit.runtime import RunConfig, memory_bytes
 from dit.saving import Saver
 from dit.states import latest_state
 from dit.trainer import fit
 from dit.training import TrainConfig
-from dit.wrapping import Wrapped, kind, memory_bytes
+from dit.wrapping import Wrapped, kind
 
 TRANSPORT = ObjectiveConfig("transport")
 ALIGNED = ObjectiveConfig("transport", alignment=AlignmentConfig(weight=0.5, stop_step=5, projector_size=8))
