@@ -12,10 +12,10 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import urllib.request
 
 import checkout
+import mlflow
 import psutil
 import pytest
 from test_pipeline import lengthen, states
@@ -23,6 +23,7 @@ from test_services import free_port
 from toy_pipeline import processes_in, until
 
 from dit.check import STAGES
+from dit.shards import SPLITS, stream_split
 from flows import dag, servers, services, worktrees
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -158,6 +159,15 @@ def image(seed):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def picture(seed):
+    """The pixels of `image(seed)` as a shard of these settings has them."""
+    from PIL import Image
+
+    from dit.sources import center_crop
+
+    return center_crop(Image.open(io.BytesIO(image(seed))), 16).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -394,8 +404,14 @@ def test_new_images_in_the_bucket_retrain_and_nothing_else_does(local, bucket):
     }
     model = local.result(number, "register/model.json")
     assert model["version"] == 2 and model["decision"] in ("champion", "challenger") and model["reasons"]
-    old, new = (local.result(run, "encode/index.json") for run in (first, number))
-    assert len({shard["sha256"] for shard in old["shards"]} & {shard["sha256"] for shard in new["shards"]}) >= 2
+    client = mlflow.MlflowClient(f"http://127.0.0.1:{local.environment['MLFLOW_PORT']}")
+    champion = client.get_model_version_by_alias("dit-pictures", "champion").version
+    assert champion == ("2" if model["decision"] == "champion" else "1")
+    old, new = (
+        {shard["sha256"] for shard in local.result(run, "shard/manifest.json")["shards"]} for run in (first, number)
+    )
+    assert len(old & new) >= 2
+    assert f"{len(new)} shards of latents: {len(new - old)} encoded, {len(old & new)} reused" in said
     left_no_trace(local, number, gone, next(row[2] for row in listing["rows"] if row[0] == gone))
 
     run, tasks = local.completed(local.start("retrain/pictures"))
@@ -413,8 +429,13 @@ def left_no_trace(local, run, key, digest):
         for file in files:
             content = file.read_bytes()
             assert key.encode() not in content and digest.encode() not in content, file
-        for shard in (tree.root / "artifacts" / "shard").rglob("*.tar"):
-            with tarfile.open(shard) as tar:
-                assert tar.getnames()
+        pictures = {
+            image.tobytes()
+            for split in SPLITS
+            for _, _, image in stream_split(tree.root / "artifacts" / "shard", split)
+        }
+        assert pictures == {picture(number) for number in (*range(1, 48), *range(100, 106))}
+        index = json.loads((tree.root / "artifacts" / "encode" / "index.json").read_text())
+        assert sum(shard["samples"] for shard in index["shards"]) == len(pictures)
     finally:
         worktrees.close(tree)
