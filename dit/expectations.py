@@ -41,13 +41,13 @@ def look(wanted: str = "auto") -> Machine:
 
     import torch
 
-    from dit.runtime import pick_device
+    from dit.runtime import main_memory, pick_device
 
     device = pick_device(wanted)
     if device.type == "cuda":
         told = torch.cuda.get_device_properties(device)
         return Machine("cuda", told.name, told.total_memory, None)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = main_memory()
     torch.set_num_threads(1)
     a, best, end = torch.randn(256, 256), float("inf"), time.monotonic() + 0.2
     while time.monotonic() < end:

@@ -3,8 +3,9 @@
 import math
 import os
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,8 @@ NOT_NEGATIVE = (
     *("num_threads", "device_batch_size", "preview_every_steps", "score_every_steps", "processes", "restarts"),
     *("cache_gb", "time_limit_minutes", "stage_retries", "retry_seconds"),
 )
+CGROUP = Path("/sys/fs/cgroup")
+LIMITS = ("memory.max", "memory/memory.limit_in_bytes", "memory.limit_in_bytes")  # version 2; 1, as it is mounted
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,14 @@ def accelerators(wanted: str) -> tuple[str, int]:
 def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> AbstractContextManager:
     """Mixed precision as torch does it: bf16 where it is safe, no gradient scaling needed."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def main_memory() -> int:
+    """Bytes of this machine's own memory, or what a container may take of it."""
+    import psutil
+
+    told = [psutil.virtual_memory().total]
+    for name in LIMITS:
+        with suppress(OSError, ValueError):  # no container, or "max"
+            told.append(int((CGROUP / name).read_text()))
+    return min(told)
