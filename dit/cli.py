@@ -20,11 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     command.add_argument("--device", help="what it will run on: H100, ..., cpu; default: this machine's")
     command.add_argument(
-        "--devices", type=int, metavar="N", help="how many of them; default: all of this machine's, else 1"
+        "--devices",
+        type=int,
+        metavar="N",
+        help="how many of them; default: run.processes, or all of this machine's, or 1",
     )
     command.add_argument("--stale", metavar="STAGES", help="the stages to run, with commas; default: as DVC says")
     command.add_argument("--no-push", dest="push", action="store_false", help="do without the DVC remote")
-    command.add_argument("--elsewhere", action="store_true", help="the device is another machine's, with its own files")
+    command.add_argument("--elsewhere", action="store_true", help="it will run on another machine, with its own files")
     command.add_argument("--anyway", action="store_true", help="succeed although it can't end well")
     command.add_argument(
         "--json", action="store_true", dest="as_json", help="for programs; nothing is refused but settings"

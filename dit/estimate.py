@@ -1,19 +1,22 @@
 """What a network will ask of a machine: memory to train and to sample, accelerator hours, price.
 
 Operations and parameters are exact (cost.py). Memory is what eager torch keeps, counted tensor by tensor: against the
-measured peak of DiT-S/2 on a CPU (batches of 2 x 4 and 2 x 8 images, fp32 and bf16) it was off by 3% at most. A
-compiled network needs less. Hours rest on an assumed share of the device's peak, and prices are assumptions too.
+measured peak of DiT-S/2 on a CPU (batches of 2 x 4 and 2 x 8 images, fp32 and bf16) it was off by 3% at most; for one of
+two or four processes that share a network of 58 million weights there (FSDP), it said 1 to 14% more than was measured.
+A compiled network needs less. Hours rest on an assumed share of the device's peak, and prices are assumptions too.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dit.blocks import MODULATED, mlp_size
-from dit.cost import condition_tokens, macs, parameters, tokens
+from dit.cost import NORMS, condition_tokens, macs, parameters, tokens
 from dit.model import PATCH_SIZES, SIZES, ModelConfig
 
 Precision = Literal["fp32", "bf16"]
+Parallel = Literal["alone", "ddp", "fsdp"]  # how processes train one network: see wrapping.py
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ ASSUMED_MFU = {"bf16": 0.20, "fp32": 0.10}
 PAPER_BATCH_SIZE = 256
 PAPER_STEPS = {256: 7_000_000, 512: 3_000_000}  # XL/2's; the paper compares its twelve sizes at 400,000
 BYTES = {"fp32": 4, "bf16": 2}
+ROOM = 0.9  # of a device's memory may be planned for
 
 
 def device_named(name: str) -> Device:
@@ -74,28 +78,47 @@ def training_memory_parts(
     precision: Precision = "bf16",
     condition_shape: tuple[int, int] | None = None,
     averages: int = 1,
+    shared_by: int = 1,
 ) -> dict[str, int]:
     """Bytes that training holds on one device while `batch_size` images go through it at a time.
 
     Weights, gradients, Adam's two moments and the averages (one, and train.power_ema's) are fp32 whatever the
-    precision; under bf16 autocast keeps a second copy of the weights. Activations: what the forward pass keeps for the backward pass.
+    precision; under bf16 autocast keeps a second copy of the weights. Activations: what the forward pass keeps for the
+    backward pass. Where so many devices share all but the activations (FSDP), `gathered` is what each holds whole.
     """
     shape = {"input_size": input_size, "in_channels": in_channels, "condition_shape": condition_shape}
     T, D = tokens(config, input_size), config.resolved().hidden_size
     P = parameters(config, num_classes=num_classes, **shape) - T * D  # the position table is not trained
     halved = P * BYTES["bf16"] if precision == "bf16" else 0
-    return {
-        "weights": 4 * P + halved,
-        "gradients": 4 * P,
-        "adam": 8 * P,
-        "ema": 4 * P * averages,
-        "activations": batch_size * _activations(config, input_size, precision, condition_shape),
-    }
+    parts = {"weights": 4 * P, "gradients": 4 * P, "adam": 8 * P, "ema": 4 * P * averages}
+    if shared_by > 1:
+        sizes = config.resolved()
+        deeper = parameters(replace(sizes, depth=sizes.depth + 1), num_classes=num_classes, **shape)
+        block = deeper - parameters(sizes, num_classes=num_classes, **shape)
+        rest = P - sizes.depth * block
+        # A block and the one that is fetched ahead of its turn; of what is no block the weights and the gradients.
+        parts = {name: -(-size // shared_by) for name, size in parts.items()} | {"gathered": 8 * block + 8 * rest}
+        if not (config.qk_norm or NORMS[config.block]):  # such blocks are gathered in bf16, and let go
+            halved = rest * BYTES["bf16"] if precision == "bf16" else 0
+    parts["weights"] += halved
+    return parts | {"activations": batch_size * _activations(config, input_size, precision, condition_shape)}
 
 
 def training_memory(config: ModelConfig, **told: Any) -> int:
     """The sum of `training_memory_parts`, which takes the same arguments: bytes."""
     return sum(training_memory_parts(config, **told).values())
+
+
+def parallel_kind(asked: str, devices: int, memory_bytes: float | None, needed: Callable[[], int]) -> Parallel:
+    """What `run.parallel` means for so many devices: `auto` is ddp unless one of them has no room for all of it.
+
+    `memory_bytes` is one's (None: not known), `needed()` what one takes that holds a copy of everything.
+    """
+    if devices == 1:
+        return "alone"
+    if asked != "auto" or memory_bytes is None:
+        return "fsdp" if asked == "fsdp" else "ddp"
+    return "ddp" if needed() < ROOM * memory_bytes else "fsdp"
 
 
 def _activations(
@@ -159,7 +182,7 @@ def largest_batch(device: Device, config: ModelConfig, **told: Any) -> int:
     """How many images `device` can train on at a time (0: not one), a tenth of its memory left free."""
     parts = training_memory_parts(config, batch_size=1, **told)
     each = parts.pop("activations")
-    return max(0, int((0.9 * device.memory_bytes - sum(parts.values())) // each))
+    return max(0, int((ROOM * device.memory_bytes - sum(parts.values())) // each))
 
 
 def names() -> list[str]:

@@ -47,7 +47,7 @@ def look(wanted: str = "auto") -> Machine:
     own, name = runtime.memory_bytes(device), runtime.device_name(device)
     if own:
         return Machine(device.type, name or device.type, int(own), None)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = runtime.main_memory()
     torch.set_num_threads(1)
     a, best, end = torch.randn(256, 256), float("inf"), time.monotonic() + 0.2
     while time.monotonic() < end:

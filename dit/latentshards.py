@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit.places import Place
+from dit.runtime import main_memory
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -87,16 +88,7 @@ def lying(
         if source is not None:
             return "streamed"
         raise ValueError(f"{error.filename} is missing: run `dvc pull`, or set run.latents_from") from None
-    return "memory" if size <= MEMORY_SHARE * memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "mapped"
-
-
-def memory_bytes() -> int:
-    """Of this machine, or what a container may take of it."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or "max"
-        return there
+    return "memory" if size <= MEMORY_SHARE * main_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "mapped"
 
 
 def open_shard(path: Path, like: Mapping[str, Piece], size: int) -> dict[str, Tensor]:

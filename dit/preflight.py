@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from dit.estimate import Device
     from dit.expectations import Machine
 
-WEEK_HOURS, DAY_HOURS = 7 * 24, 24
 LARGE_BYTES = 16e9  # of latents, which lie in memory while the network trains
 HOW_ANYWAY = "start it all the same with --anyway (a deployment: -p anyway=true)"
+DEVICE = "DIT_DEVICE"  # the variable in which a work pool tells its jobs the accelerator, as in estimate.DEVICES
 RECORD = "preflight.json"  # in scratch/: what the run's last preflight said
 
 
@@ -107,8 +107,8 @@ def checked(
 ) -> Preflight:
     """The preflight of params.yaml as it stands; what is stale is asked of DVC where it is not given.
 
-    `devices` is one of a `device` that is named, and else what a stage would use of this machine. Raises ValueError, a
-    line for each fault, where the settings themselves are wrong.
+    `devices` is run.processes, or one, of a `device` that is named, and else what a stage would use of this machine.
+    Raises ValueError, a line for each fault, where the settings themselves are wrong.
     """
     if devices is not None and devices < 1:
         raise ValueError(f"--devices must be at least 1, got {devices}")
@@ -120,7 +120,8 @@ def checked(
         stale = asked.result() if asked else stale
     if unknown := set(stale or ()) - set(STAGES):
         raise ValueError(f"--stale: no stage {', '.join(sorted(unknown))}: choose among {', '.join(STAGES)}")
-    devices = devices or (1 if device else _used(sections["run"]))
+    run = sections["run"]
+    devices = devices or (run.processes or 1 if device or elsewhere else _used(run))
     return preflight(sections, paths, stale=stale, device=device, devices=devices, push=push, elsewhere=elsewhere)
 
 
@@ -131,8 +132,8 @@ def _used(run: Any) -> int:
     try:
         kind, count = accelerators(run.device)
     except ValueError:  # which the preflight says itself
-        return 1
-    return 1 if kind == "cpu" else run.processes or count
+        return run.processes or 1
+    return 1 if kind == "cpu" else min(run.processes, count) or count
 
 
 def preflight(
@@ -149,7 +150,8 @@ def preflight(
 
     Args:
         stale: the stages to run; None: nobody knows, so all are counted.
-        device: one of estimate.DEVICES or its name, or `cpu`; None: what this machine has (and run.device asks for).
+        device: one of estimate.DEVICES or its name, or `cpu`; None: what this machine has (and run.device asks for), or
+            `elsewhere` nobody knows what, and then time, price and memory are not judged.
         push: whether the results go to the DVC remote, so that it must answer.
         elsewhere: the device is another machine's, which may have weights and a disk that are not seen from here.
 
@@ -170,14 +172,15 @@ def _preflight(
     elsewhere: bool,
     remote: Callable[[], list[str]],
 ) -> Preflight:
-    from dit import check, workload
-    from dit.estimate import Device, device_named
+    from dit import capacity, check, workload
+    from dit.estimate import Device
     from dit.latentshards import MEMORY_SHARE
 
     data, vae, train, run = (sections[name] for name in ("data", "vae", "train", "run"))
     faults, warnings = [], []
-    chosen = device_named(device) if isinstance(device, str) and device != "cpu" else device
-    machine, price_usd_per_hour = _machine(chosen, run, faults)
+    unknown = elsewhere and device is None
+    named = os.environ.get(DEVICE, "")
+    machine, price_usd_per_hour = (None, None) if unknown else capacity.machine_of(device, run, faults, named=named)
     todo = [name for name in STAGES if stale is None or name in stale]
     alone = set(check.conflicts(sections))
     missing = [fault for fault in check.conflicts(sections, paths.root) if fault not in alone]
@@ -188,9 +191,12 @@ def _preflight(
         faults += reach.registered_model(train.init_from, paths)
     network = workload.network_of(sections, check.latent_factor(vae, paths.root), paths.artifacts)
     network["batch_size"] = min(network["batch_size"], -(-train.global_batch_size // devices))
+    network["shared_by"] = workload.sharing(network, run.parallel, devices, machine)
     cores = os.cpu_count() or 1
     hours_of, count = {}, images or 0
-    if fast := workload.speeds(machine, train.precision, _threads(run), chosen if isinstance(chosen, Device) else None):
+    own = device if isinstance(device, Device) else None
+    fast = machine and workload.speeds(machine, train.precision, capacity.threads(run), own)
+    if fast:
         pretrained = reach.autoencoder_config(vae.pretrained, paths)
         seconds = workload.seconds(sections, network, count, fast, vae=pretrained, devices=devices, cores=cores)
         hours_of = {name: seconds[name] / 3600 for name in todo}
@@ -200,27 +206,32 @@ def _preflight(
         price = sum(hours_of.get(name, 0) for name in ACCELERATED) * devices * price_usd_per_hour
     asked = {name: size for name, size in workload.memory(sections, network).items() if name in todo}
     latents = workload.latents_bytes(sections, network, count) if "train" in asked else 0
-    share = MEMORY_SHARE * machine.memory_bytes if machine.device == "cpu" else 0
+    on_cpu = machine is not None and machine.device == "cpu"
+    share = MEMORY_SHARE * machine.memory_bytes if on_cpu else 0
     latents = latents if latents <= {"memory": math.inf, "auto": share}.get(run.latents, 0) else 0  # read as needed
-    if machine.device == "cpu":
-        _weigh_time(hours, machine, faults, warnings)
+    if "train" in todo:
+        capacity.weigh_devices(train, run, machine, devices, faults)
+    if on_cpu:
+        capacity.weigh_time(hours or 0, machine, faults, warnings)
         asked |= {"train": asked["train"] + latents} if "train" in asked else {}
-    _weigh_memory(asked, sections, network, machine, faults, warnings)
-    if machine.device != "cpu" and latents > LARGE_BYTES:
+    elif latents > LARGE_BYTES:
         warnings.append(f"train: the latents take {latents / 1e9:.0f} GB of the machine's own memory")
+    if machine is not None:
+        capacity.weigh_memory(asked, sections, network, machine, devices, faults, warnings)
     room = reach.room(paths.root, workload.disk_bytes(sections, network, count), ["shard"] if elsewhere else todo)
     faults, warnings = faults + room[0], warnings + room[1]
     result = Preflight(
         line="", faults=faults + remote(), warnings=warnings, stages=todo, images=images,
         steps=train.max_steps if "train" in todo else 0, hours=hours, hours_of=hours_of,
-        memory_bytes=max(asked.values(), default=0), device=machine.name, devices=devices,
+        memory_bytes=max(asked.values(), default=0), device=machine.name if machine else "", devices=devices,
         price_usd_per_hour=price_usd_per_hour, price_usd=price,
     )  # fmt: skip
     return replace(result, line=describe(result, stale is not None, told, train.global_batch_size, machine))
 
 
-def describe(told: Preflight, known: bool, images: str, batch: int, machine: "Machine") -> str:
+def describe(told: Preflight, known: bool, images: str, batch: int, machine: "Machine | None") -> str:
     """A preflight in one line; `known`: DVC said which stages are stale; `images`: their number, in words."""
+    from dit.capacity import size_of
     from dit.estimate import PRICES_OF
 
     if known and not set(told.stages) - {"scan", "register"}:
@@ -231,6 +242,10 @@ def describe(told: Preflight, known: bool, images: str, batch: int, machine: "Ma
     elif len(told.stages) < len(STAGES):
         what += f" ({', '.join(told.stages)})"
     parts = [images, *([f"{told.steps:,} steps of {batch}"] if told.steps else [])]
+    if machine is None:
+        memory = f"{size_of(told.memory_bytes)} of a device's memory, " if told.memory_bytes else ""
+        unknown = "which device it will run on is not known, so time, price and memory are not judged"
+        return f"{what}: {', '.join(parts)}, {memory}{unknown}"
     name = machine.name if machine.device == "cpu" else f"{told.devices} x {machine.name}"
     if told.hours is None:
         parts.append(f"how long on {name} is not known")
@@ -239,67 +254,8 @@ def describe(told: Preflight, known: bool, images: str, batch: int, machine: "Ma
         most = f"{longest} {clock(3600 * told.hours_of[longest])}"
         parts.append(f"about {clock(3600 * told.hours)} on {name} ({most})")
     if told.memory_bytes:
-        parts.append(f"{_size(told.memory_bytes)} of its {_size(machine.memory_bytes)} of memory")
+        parts.append(f"{size_of(told.memory_bytes)} of its {size_of(machine.memory_bytes)} of memory")
     if told.price_usd is not None:
         price = f"{told.price_usd:,.2f}" if told.price_usd < 100 else f"{told.price_usd:,.0f}"
         parts.append(f"US$ {price} at {told.price_usd_per_hour:.2f} an hour (assumed, {PRICES_OF})")
     return f"{what}: {', '.join(parts)}"
-
-
-def _machine(device: "Device | str | None", run: Any, faults: list[str]) -> "tuple[Machine, float | None]":
-    """What the work will run on (None: this machine), and what an hour of it costs where that is in the table."""
-    from dit.estimate import Device, device_named
-    from dit.expectations import Machine, look
-
-    if isinstance(device, Device):
-        return Machine("accelerator", device.name, int(device.memory_bytes), None), device.price
-    try:
-        machine = look(device or run.device)
-    except ValueError as error:  # run.device asks for what this machine lacks
-        faults.append(str(error))
-        machine = look()
-    if machine.flops is not None and (threads := _threads(run)) > 1:
-        return replace(machine, name=f"{threads} CPU threads"), None
-    try:
-        return machine, device_named(machine.name).price if machine.flops is None else None
-    except ValueError:
-        return machine, None
-
-
-def _threads(run: Any) -> int:
-    return run.num_threads or os.cpu_count() or 1
-
-
-def _weigh_time(hours: float | None, machine: "Machine", faults: list[str], warnings: list[str]) -> None:
-    about = f"no accelerator, and the work takes about {clock(3600 * (hours or 0))} on {machine.name}"
-    if (hours or 0) > WEEK_HOURS:
-        faults.append(f"{about}: run it where there is one, or take a smaller preset")
-    elif (hours or 0) > DAY_HOURS:
-        warnings.append(about)
-
-
-def _weigh_memory(
-    asked: dict[str, int],
-    sections: dict[str, Any],
-    network: dict[str, Any],
-    machine: "Machine",
-    faults: list[str],
-    warnings: list[str],
-) -> None:
-    from dit import workload
-
-    have = machine.memory_bytes
-    where = f"{'this machine' if machine.device == 'cpu' else machine.name} has {_size(have)}"
-    if (train := asked.get("train", 0)) > 0.9 * have:
-        told = f"train: {network['batch_size']} images at a time take {_size(train)}, and {where}"
-        fixed = train - workload.memory(sections, network)["train"]
-        most = workload.largest_training_batch(network, have - fixed)
-        way = f"set run.device_batch_size to {most} or less" if most else "take a smaller model or a larger device"
-        (faults if train > have else warnings).append(f"{told}: {way}")
-    if (sample := asked.get("sample", 0)) > have:
-        block = sections["sample"].block_images
-        faults.append(f"sample.block_images: {block} at a time take {_size(sample)}, and {where}: lower it")
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.0f} GB" if size >= 1e10 else f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 FILE = "DIT_PROGRESS"  # the variable that names a file for whoever watches from outside, such as a flow
 NOTE_SECONDS = 2.0  # at most so often it is written
+DAY = 86_400  # seconds
 
 
 class Progress:
@@ -58,9 +59,14 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a person reads them: 42s, 3m05s, 2h07m, 3d04h."""
+    """Seconds as a person reads them: 42s, 3m05s, 2h07m, 3d04h, 153 days, 1.2 years, 419 years."""
     seconds = round(seconds)
-    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+    if seconds >= 365 * DAY:
+        years = seconds / (365.25 * DAY)
+        return f"{years:.1f} years" if years < 9.95 else f"{years:,.0f} years"
+    if seconds >= 100 * DAY:
+        return f"{seconds // DAY} days"
+    for unit, size, lower, lower_size in (("d", DAY, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if seconds >= size:
             return f"{seconds // size}{unit}{seconds % size // lower_size:02d}{lower}"
     return f"{seconds}s"

@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,8 @@ NOT_NEGATIVE = (
     *("num_threads", "device_batch_size", "preview_every_steps", "score_every_steps", "processes", "restarts"),
     *("cache_gb", "time_limit_minutes", "stage_retries", "retry_seconds"),
 )
+CGROUP = Path("/sys/fs/cgroup")
+LIMITS = ("memory.max", "memory/memory.limit_in_bytes", "memory.limit_in_bytes")  # version 2; 1, as it is mounted
 
 
 @dataclass(frozen=True)
@@ -185,3 +187,14 @@ def tell_tpu_hosts() -> None:
     """Set what the processes of a TPU host must know of each other, where torch_tpu is what works here."""
     if "torch_tpu" in sys.modules and getattr(torch.accelerator.current_accelerator(), "type", "") == "tpu":
         torch.tpu.distributed.set_tpu_launch_env()
+
+
+def main_memory() -> int:
+    """Bytes of this machine's own memory, or what a container may take of it."""
+    import psutil
+
+    told = [psutil.virtual_memory().total]
+    for name in LIMITS:
+        with suppress(OSError, ValueError):  # no container, or "max"
+            told.append(int((CGROUP / name).read_text()))
+    return min(told)

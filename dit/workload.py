@@ -12,7 +12,7 @@ from typing import Any
 
 from dit import info
 from dit.cost import macs, parameters
-from dit.estimate import ASSUMED_MFU, Device, largest_batch, sampling_memory, training_memory
+from dit.estimate import ASSUMED_MFU, Device, largest_batch, parallel_kind, sampling_memory, training_memory
 from dit.expectations import CPU_SHARE, Machine, known
 from dit.generation import evaluations
 from dit.pipeline import SHARED
@@ -161,7 +161,7 @@ def autoencoder_macs(
 
 
 def memory(sections: dict[str, Any], network: dict[str, Any]) -> dict[str, int]:
-    """Bytes of one device that training and drawing ask for."""
+    """Bytes of one device that training and drawing ask for; for `network["shared_by"]` see `sharing`."""
     sample = sections["sample"]
     asked = {}
     if network["images"]:
@@ -169,6 +169,18 @@ def memory(sections: dict[str, Any], network: dict[str, Any]) -> dict[str, int]:
     drawn = {"batch_size": min(sample.block_images, sample.num_images), "guided": any(map(guided, sample.settings))}
     asked["sample"] = sampling_memory(network["config"], **_shape(network), **drawn)
     return asked
+
+
+def sharing(network: dict[str, Any], parallel: str, devices: int, machine: Machine | None) -> int:
+    """How many devices share one copy of what training holds: all of them where run.parallel comes to mean fsdp."""
+    alone = network | {"shared_by": 1}
+    kind = parallel_kind(
+        parallel,
+        devices,
+        machine.memory_bytes if machine and machine.device == "cuda" else None,  # of no others wrapping.py knows it
+        lambda: training_memory(network["config"], batch_size=network["batch_size"], **_held(alone)),
+    )
+    return devices if kind == "fsdp" else 1
 
 
 def largest_training_batch(network: dict[str, Any], memory_bytes: float) -> int:
@@ -182,7 +194,8 @@ def _shape(network: dict[str, Any]) -> dict[str, Any]:
 
 
 def _held(network: dict[str, Any]) -> dict[str, Any]:
-    return _shape(network) | {name: network[name] for name in ("precision", "averages")}
+    told = {name: network[name] for name in ("precision", "averages")}
+    return _shape(network) | told | {"shared_by": network.get("shared_by", 1)}
 
 
 def latents_bytes(sections: dict[str, Any], network: dict[str, Any], images: int) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import gc
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed
@@ -18,15 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dit.acceleration import for_training
 from dit.cost import macs
-from dit.estimate import training_memory
+from dit.estimate import Parallel, parallel_kind, training_memory
 from dit.model import DiT
 from dit.objective import ObjectiveConfig, loss_of
 from dit.parallel import World, device_group
 from dit.runtime import RunConfig, memory_bytes
 from dit.training import TrainConfig
-
-Kind = Literal["alone", "ddp", "fsdp"]
-ROOM = 0.9  # of a device's memory may be planned for
 
 
 class Losses(nn.Module):
@@ -109,22 +106,12 @@ class Wrapped:
         return self._ddp[aligned]
 
 
-def kind(network: DiT, train: TrainConfig, run: RunConfig, world: World, memory: float | None) -> Kind:
-    """What `run.parallel` means here: `auto` is ddp unless a device has no room for all of it (None: not known)."""
-    if world.size == 1:
-        return "alone"
-    if run.parallel != "auto" or memory is None:
-        return "fsdp" if run.parallel == "fsdp" else "ddp"
+def kind(network: DiT, train: TrainConfig, run: RunConfig, world: World, memory: float | None) -> Parallel:
+    """What `run.parallel` means here; `memory` is a device's in bytes, None where it is not known."""
     share = train.global_batch_size // world.size
-    needed = training_memory(
-        network.config,
-        **_shape(network),
-        num_classes=network.num_classes,
-        batch_size=min(run.device_batch_size or share, share),
-        precision=train.precision,
-        averages=1 + len(train.power_ema),
-    )
-    return "ddp" if needed < ROOM * memory else "fsdp"
+    held = {"batch_size": min(run.device_batch_size or share, share), "averages": 1 + len(train.power_ema)}
+    held |= {"num_classes": network.num_classes, "precision": train.precision, **_shape(network)}
+    return parallel_kind(run.parallel, world.size, memory, lambda: training_memory(network.config, **held))
 
 
 def _shard(losses: Losses, precision: str, device: torch.device) -> None:

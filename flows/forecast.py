@@ -1,12 +1,15 @@
 """The first task of a run: what it will do and cost, or why it should not be begun (see `dit.preflight`)."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
 from dit import entry, preflight
+from flows.placement import Devices
 from flows.workplace import Workplace
 
 
@@ -17,10 +20,10 @@ from flows.workplace import Workplace
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def _preflight(root: Path, push: bool, device: str | None, elsewhere: bool, anyway: bool, stale: list[str]) -> State:
+def _preflight(root: Path, anyway: bool, stale: list[str], asked: dict[str, Any]) -> State:
     log = get_run_logger()
     try:
-        told = preflight.ask(root, device=device, push=push, elsewhere=elsewhere)
+        told = preflight.ask(root, **asked)
         log.info(told.line)
         for warning in told.warnings:
             log.warning(warning)
@@ -33,11 +36,11 @@ def _preflight(root: Path, push: bool, device: str | None, elsewhere: bool, anyw
     return Completed(message=told.line)
 
 
-def look_ahead(place: Workplace, device: str | None, elsewhere: bool, anyway: bool) -> list[str] | None:
+def look_ahead(place: Workplace, device: Devices | None, elsewhere: bool, anyway: bool) -> list[str] | None:
     """The stages that are not up to date, once the run's line is told; None where the run's commit has no preflight.
 
     Args:
-        device: what the work will run on, one of `dit.estimate`'s names; None: this machine.
+        device: what the work will run on; None: this machine, or nobody knows what of another.
         elsewhere: it is another machine, whose files are its own business.
         anyway: go on whatever speaks against it.
 
@@ -48,7 +51,21 @@ def look_ahead(place: Workplace, device: str | None, elsewhere: bool, anyway: bo
     if not (place.root / "dit" / "preflight.py").is_file():
         return None
     stale: list[str] = []
-    state = _preflight(place.root, place.push, device, elsewhere, anyway, stale, return_state=True)
+    asked = {"push": place.push, "elsewhere": elsewhere} | of_devices(device, place.params.get("run") or {})
+    state = _preflight(place.root, anyway, stale, asked, return_state=True)
     if not state.is_completed():
         raise ValueError(state.message)
     return stale
+
+
+def of_devices(device: Devices | None, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What `preflight.ask` is to know of the devices that a pool gives; `run` is that section of params.yaml."""
+    if device is None:
+        return {}
+    count, processes = device.count, run.get("processes")
+    if (
+        count and processes and not device.hosts
+    ):  # torchrun on several hosts is told by their settings how many to start
+        count = min(count, processes)
+    told = {"device": device.name, "devices": count}
+    return told if device.name else told | {"elsewhere": True}  # whatever it is, it is not what is seen from here

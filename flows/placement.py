@@ -6,10 +6,13 @@ cache; for any other, what was prepared is pushed to the DVC remote, and the bra
 """
 
 import json
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from httpx import TransportError
 from prefect import get_run_logger
@@ -20,7 +23,8 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
 from prefect.states import Cancelling, Completed, Failed, State
 
-from flows import remotes
+from dit.preflight import DEVICE
+from flows import manifests, remotes
 from flows.workplace import Workplace
 
 ASK_EVERY_SECONDS = 2.0
@@ -36,14 +40,52 @@ def where(pool: str | None, home: Path) -> Where:
     if not pool:
         return "here"
     found = _pool(pool)
-    folder = _default(found, "working_dir")
+    folder = _defaults(found.base_job_template).get("working_dir")
     beside = found.type == "process" and folder and Path(folder).resolve() == home.resolve()
     return "beside" if beside else "elsewhere"
 
 
-def device_of(pool: str | None) -> str | None:
-    """The device that a pool's jobs get, as the pool itself says in its variable `device`; None: this machine's."""
-    return (pool or None) and _default(_pool(pool), "device")
+@dataclass(frozen=True)
+class Devices:
+    """What the stages of the accelerator get: so many of what estimate.DEVICES calls `name`; None: not known."""
+
+    name: str | None
+    count: int | None
+    hosts: int = 0  # of their own, which hold that many together; 0: they run where the flow does
+
+
+def device_of(pool: str | None, root: Path = Path("."), environment: Mapping[str, str] = os.environ) -> Devices | None:
+    """The devices that a pool's jobs get, as it and the deployment `train-dit/on-<pool>` say; without a pool, those of
+    the hosts that this job gives to stages (DIT_HOSTS, see `manifests`). None: whatever the machine has.
+
+    Raises ValueError where there is no such pool, or the hosts' settings in `root` are wrong.
+    """
+    if not pool:
+        return _of_hosts(root, environment)
+    template, changed = _pool(pool).base_job_template, {}
+    with get_client(sync_client=True) as client, suppress(ObjectNotFound):  # which `start` tells of
+        changed = client.read_deployment_by_name(_runner(pool)).job_variables or {}
+    return given_by(template, root, changed)
+
+
+def given_by(template: Mapping[str, Any], root: Path, changed: Mapping[str, Any] | None = None) -> Devices | None:
+    """The devices of jobs of this base job template, some of whose variables are `changed`; None: it says nothing."""
+    told = _defaults(template) | dict(changed or {})
+    environment = {manifests.HOSTS: str(told.get("hosts") or ""), DEVICE: told.get("device") or ""}
+    if given := _of_hosts(root, environment | (told.get("env") or {})):
+        return given
+    without = "hosts" in told and "accelerators" not in told  # kubernetes-cpu: its `device` is that of hosts
+    return None if without or not told.get("device") else Devices(told["device"], told.get("accelerators"))
+
+
+def _of_hosts(root: Path, environment: Mapping[str, str]) -> Devices | None:
+    if (wanted := manifests.wanted(root, environment)) is None:
+        return None
+    hosts, each = wanted
+    if not each.accelerators:
+        return Devices(None, None, hosts)
+    processes = each.processes if isinstance(each.processes, int) else each.accelerators
+    return Devices(environment.get(DEVICE) or None, hosts * processes, hosts)
 
 
 def require_remotes(place: Workplace, pool: str) -> None:
@@ -81,7 +123,7 @@ def hand_over(place: Workplace, pool: str, at: Where, force: list[str], anyway: 
         if place.unpushed:
             raise ValueError(f"what was prepared could not be pushed to the DVC remote: {place.unpushed}")
         remotes.push_branch(place.home, place.branch)
-    name = f"train-dit/on-{pool}"
+    name = _runner(pool)
     job = None
     try:
         job = start(name, {"branch": place.branch, "force": force, "anyway": anyway, "push": place.push})
@@ -106,8 +148,14 @@ def _pool(name: str):
             raise ValueError(f"pool: the Prefect server knows no work pool {name!r}: `dit deploy` makes them") from None
 
 
-def _default(pool, variable: str) -> str | None:
-    return pool.base_job_template.get("variables", {}).get("properties", {}).get(variable, {}).get("default")
+def _defaults(template: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that have a value unless a deployment gives another."""
+    properties = template.get("variables", {}).get("properties", {})
+    return {name: about["default"] for name, about in properties.items() if "default" in about}
+
+
+def _runner(pool: str) -> str:
+    return f"train-dit/on-{pool}"
 
 
 def start(name: str, parameters: dict):

@@ -11,7 +11,7 @@ FLOORS = {
     0: "embedders blocks model cost timesteps diffusion denoising transport sampling likelihood stochastic ema alignment objective",
     1: "addresses pipeline paths locks states saving parts mirror retraining workload staleness onednn uncertainty nearest copies perclass config presets parallel team launch randomness progress schedule runtime places archives files sources arrays samples shards tars imagesets survey expectations start latents encoding heap dataset latentshards latentcache order feeding vae torchvision_cpu classifier evaluation inception weights extractors features neighbourhoods metrics "
     "checkpoint acceleration written compiling embeddings setting generation drawing snapshots grids contest adam learner training wrapping trainer initial finetune estimate info workload staleness solvers interop foreign diffusers_folder importing exporting published_dit trajectory scoretable scorecard papers foreign_statistics references monitor profiling curves",
-    2: "entry outcome reuse resume tracking storage store outbox provenance registry recording packing served preview scoring speed reach",
+    2: "entry outcome reuse resume tracking storage store outbox provenance registry recording packing served preview scoring speed reach capacity",
     3: "stages",
     4: "check preflight cli trial",
 }

@@ -147,7 +147,7 @@ def test_what_there_is_of_each_image_is_known_without_reading_any(several, folde
 def test_latents_that_memory_has_no_room_for_are_mapped(several, monkeypatch):
     needed = sum(file.stat().st_size for file in several.glob("*.safetensors"))
     for room, processes, expected in ((2, "1", True), (2, "3", False), (6.1, "3", True), (1.9, "1", False)):
-        monkeypatch.setattr(latentshards, "memory_bytes", lambda room=room: room * needed * 1.25)
+        monkeypatch.setattr(latentshards, "main_memory", lambda room=room: room * needed * 1.25)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert LatentDataset(several, 0, 4).in_memory == expected, (room, processes)
 

@@ -1,5 +1,7 @@
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,91 @@ def test_training_memory_equals_the_measured_peak():
         ModelConfig("DiT-S/2"), input_size=32, in_channels=4, num_classes=1000, batch_size=4, precision=precision
     )
     assert int(done.stdout) == pytest.approx(told, rel=0.06)
+
+
+SHARED_TRAINING = """
+import os, resource, torch
+from dit.learner import Learner
+from dit.model import DiT, ModelConfig
+from dit.objective import ObjectiveConfig
+from dit.parallel import world
+from dit.runtime import RunConfig
+from dit.training import TrainConfig
+from dit.wrapping import Wrapped
+torch.set_num_threads(1)
+def make(config, side):
+    network = DiT(config, input_size=side, in_channels=4, num_classes=1000)
+    settings = TrainConfig(9, 2, 1e-4), RunConfig(parallel="fsdp", compile="off"), world()
+    return Wrapped(network, None, ObjectiveConfig("transport"), *settings), network, Learner(network)
+def step(wrapped, network, learner):
+    learner.forget_gradients()
+    x, noise = torch.randn(2, 1, 4, network.input_size, network.input_size)
+    inputs = {"x": x, "noise": noise, "y": torch.zeros(1, dtype=torch.long), "t": torch.rand(1)}
+    with wrapped.exchanging(True, False):
+        wrapped.losses(inputs).sum().backward()
+    learner.update(1e-4)
+    learner.average(1, 0.99)
+step(*make(ModelConfig("custom", patch_size=2, hidden_size=32, depth=1, num_heads=2), 4))  # loads the libraries
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+made = make(ModelConfig("custom", patch_size=2, hidden_size=384, depth=12, num_heads=6), 16)
+for _ in range(2):
+    step(*made)
+[peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM:")]
+print(int(peak.split()[1]) * 1024 - before, flush=True)
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size from /proc")
+def test_shared_training_memory_equals_the_measured_peak():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [sys.executable, "-c", SHARED_TRAINING]
+    both = [
+        subprocess.Popen(words, env=environment | {"RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in "01"
+    ]
+    peaks = [int(process.communicate(timeout=120)[0]) for process in both]
+    config = ModelConfig("custom", patch_size=2, hidden_size=384, depth=12, num_heads=6)
+    told, whole = (
+        estimate.training_memory(config, **SHAPE, num_classes=1000, batch_size=1, precision="fp32", shared_by=count)
+        for count in (2, 1)
+    )
+    assert max(peaks) == pytest.approx(told, rel=0.08) and told < 0.65 * whole
+
+
+def test_what_devices_share_is_all_but_activations_and_what_is_gathered():
+    config, told = ModelConfig("DiT-XL/2"), {"input_size": 32, "in_channels": 4, "num_classes": 1000}
+    for precision, qk_norm in (("fp32", False), ("bf16", False), ("bf16", True)):
+        options = told | {"batch_size": 4, "precision": precision}
+        sized = replace(config, qk_norm=qk_norm)
+        one, eight = (estimate.training_memory_parts(sized, **options, shared_by=count) for count in (1, 8))
+        for name in ("gradients", "adam", "ema"):
+            assert eight[name] == pytest.approx(one[name] / 8, abs=1)
+        assert eight["activations"] == one["activations"] and "gathered" not in one
+        assert (
+            0.05 < eight["gathered"] / one["gradients"] < 0.15
+        )  # two of 28 blocks, and embedders and last layer twice
+        copies = 2 * estimate.parameters(sized, **told) if qk_norm else 0  # which autocast makes, and keeps
+        assert eight["weights"] == pytest.approx(one["gradients"] / 8 + copies, rel=0.05)
+        assert estimate.largest_batch(estimate.DEVICES["L4"], sized, **told, precision=precision, shared_by=8) > 0
+
+
+def test_auto_shares_where_a_device_has_no_room_for_all():
+    def needs(size):
+        return lambda: size
+
+    assert estimate.parallel_kind("fsdp", 1, 10.0, needs(100)) == "alone"
+    found = [estimate.parallel_kind("auto", 2, memory, needs(90)) for memory in (101.0, 100.0, None)]
+    assert found == ["ddp", "fsdp", "ddp"]
+    for told in ("ddp", "fsdp"):
+        assert (
+            estimate.parallel_kind(told, 2, 1.0, needs(90)) == estimate.parallel_kind(told, 2, None, needs(0)) == told
+        )
 
 
 def test_sampling_holds_weights_and_a_few_vectors_a_token():

@@ -1,6 +1,8 @@
 """flows/placement.py under a real Prefect server: where a pool's jobs run, and what becomes of a job that was started."""
 
+import json
 import threading
+from pathlib import Path
 
 import pytest
 from prefect import flow
@@ -11,8 +13,12 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling, Completed, Crashed, Running, Scheduled
 from toy_pipeline import until
 
+from dit.estimate import DEVICES
 from flows import placement
+from flows.placement import Devices
 
+ROOT = Path(__file__).parents[1]
+POOLS = ROOT / "infra" / "work_pools"
 NAME = "train-dit/on-gpu"
 
 
@@ -53,12 +59,57 @@ def test_where_the_jobs_of_a_pool_run(client, tmp_path):
     pool("same", working_dir=str(tmp_path))
     pool("other", working_dir=str(tmp_path / "other"), device="H100")
     pool("cluster", device="A100-80")
-    assert placement.where(None, tmp_path) == "here" and placement.device_of(None) is None
+    assert placement.where(None, tmp_path) == "here"
     found = [placement.where(name, tmp_path) for name in ("same", "other", "cluster")]
     assert found == ["beside", "elsewhere", "elsewhere"]
-    assert [placement.device_of(name) for name in ("same", "other", "cluster")] == [None, "H100", "A100-80"]
+    told = [placement.device_of(name) for name in ("same", "other", "cluster")]
+    assert told == [None, Devices("H100", None), Devices("A100-80", None)]
     with pytest.raises(ValueError, match="no work pool 'nosuch'"):
         placement.where("nosuch", tmp_path)
+
+
+SHIPPED = {
+    "process": None,
+    "kubernetes-cpu": None,
+    "kubernetes-gpu": Devices("H100", 1),
+    "kubernetes-tpu": Devices("TPU v6e", 4),
+}
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in POOLS.glob("*.json")))
+def test_every_shipped_pool_says_what_its_jobs_get(client, name):
+    template = json.loads((POOLS / f"{name}.json").read_text())
+    client.create_work_pool(WorkPoolCreate(name=name, type=name.partition("-")[0], base_job_template=template))
+    assert placement.device_of(name, ROOT) == SHIPPED[name]
+    said = template["variables"]["properties"].get("device", {})
+    assert set(said.get("enum", [])) <= set(DEVICES) and (name == "process" or said["default"] in said["enum"])
+    # A deployment's own word counts more than the pool's.
+    flow_id = client.create_flow_from_name("train-dit")
+    more, given = {
+        "process": ({}, None),
+        "kubernetes-cpu": ({"hosts": "3", "device": "H200"}, Devices("H200", 24, 3)),
+        "kubernetes-gpu": ({"accelerators": 8, "device": "L4"}, Devices("L4", 8)),
+        "kubernetes-tpu": ({"accelerators": 8, "device": "TPU v5e"}, Devices("TPU v5e", 8)),
+    }[name]
+    deployment = {"work_pool_name": name, "entrypoint": "x:y", "parameters": {}, "job_variables": more}
+    client.create_deployment(flow_id, f"on-{name}", **deployment)
+    assert placement.device_of(name, ROOT) == given
+
+
+def test_hosts_say_how_many_devices_they_have_together(tmp_path):
+    def on(hosts, device="H100", **settings):
+        file = tmp_path / "infra" / "kubernetes" / "hosts.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings))
+        return placement.device_of(None, tmp_path, {"DIT_HOSTS": hosts, "DIT_DEVICE": device})
+
+    assert on("0") is None and on("") is None and placement.device_of(None, tmp_path, {}) is None
+    assert on("4") == Devices("H100", 32, 4)
+    assert on("4", accelerators=2) == Devices("H100", 8, 4) and on("2", processes=3) == Devices("H100", 6, 2)
+    assert on("2", device="") == Devices(None, 16, 2)
+    assert on("2", accelerators=0) == Devices(None, None, 2)  # the hosts' processors
+    with pytest.raises(ValueError, match="DIT_HOSTS must be a number of hosts, got 'two'"):
+        on("two")
 
 
 def test_a_run_that_starts_again_finds_its_job_and_another_is_another(coordinator):

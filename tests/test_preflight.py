@@ -1,6 +1,7 @@
 """What a run will do and cost, in a line, and what it is refused for."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -71,11 +72,10 @@ def test_price_is_that_of_what_the_accelerator_does(project):
 
 
 def test_months_without_an_accelerator_are_refused(project):
-    weeks = told(project, "train.max_steps=40000000")
-    (fault,) = weeks.faults
-    assert (
-        fault.startswith("no accelerator, and the work takes about 13d") or "d" in fault and "smaller preset" in fault
-    )
+    (fault,) = told(project, "train.max_steps=40000000").faults
+    assert re.fullmatch(r"no accelerator, and the work takes about \d\dd\d\dh on one of .* smaller preset", fault)
+    assert re.search(r"about \d\d years on", told(project, "train.max_steps=40000000000").faults[0])
+    override(project / "params.yaml", ["train.max_steps=40000000"])
     assert told(project, device="H100").faults == []
     days = told(project, "train.max_steps=4000000")
     assert days.faults == [] and "no accelerator" in days.warnings[0]
@@ -108,7 +108,74 @@ def test_all_accelerators_of_this_machine_are_counted(project, monkeypatch, proc
     override(project / "params.yaml", [f"run.processes={processes}"])
     monkeypatch.setattr("dit.runtime.accelerators", lambda wanted: ("cuda", 8))
     assert preflight.checked(Paths(project), stale=list(STAGES), push=False).devices == used
-    assert preflight.checked(Paths(project), stale=list(STAGES), push=False, device="H100").devices == 1
+    named = preflight.checked(Paths(project), stale=list(STAGES), push=False, device="H100")
+    assert named.devices == (processes or 1) and named.faults == []
+
+
+@pytest.mark.parametrize("way", ["ddp", "auto", "fsdp"])
+def test_what_devices_share_needs_no_room_on_each(project, way):
+    """5 million weights, gradients, moments and averages: 101 MB on each of them, or an eighth and what is gathered."""
+    small = Device("small", 1e14, 60e6, 1.0)
+    settings = ["model.hidden_size=256", "train.global_batch_size=8", "sample.block_images=8", f"run.parallel={way}"]
+    assert told(project, *settings, device=small).faults[0].endswith("take a smaller model or a larger device")
+    eight = told(project, device=small, devices=8)
+    if way == "ddp":
+        (fault,) = eight.faults
+        assert fault.endswith("set run.parallel to fsdp, for the 8 devices to share what each holds now")
+    else:
+        assert eight.faults == eight.warnings == [] and eight.memory_bytes < 0.9 * 60e6
+    large = replace(small, memory_bytes=10e9)  # of room enough, auto makes no use
+    shared = told(project, device=large, devices=8).memory_bytes == eight.memory_bytes
+    assert shared == (way != "auto")
+
+
+def test_auto_shares_nothing_on_chips_whose_memory_the_training_does_not_know(project):
+    small = Device("TPU small", 1e14, 60e6, 1.0)
+    settings = ["model.hidden_size=256", "train.global_batch_size=8", "sample.block_images=8"]
+    (fault,) = told(project, *settings, device=small, devices=8).faults
+    assert fault.endswith("set run.parallel to fsdp, for the 8 devices to share what each holds now")
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(project):
+    (fault,) = told(project, device="H100", devices=3).faults
+    assert fault == (
+        "train.global_batch_size: 64 images are no whole number for each of 3 devices: "
+        "set it to 63 or 66, or take 2 of them (run.processes)"
+    )
+    (fault,) = told(project, device="H100", devices=96).faults
+    assert "set it to 96, or take 64 of them" in fault
+    assert told(project, device="H100", devices=3, stale=["sample"]).faults == []  # it is trained already
+    assert told(project, device=None, devices=3, elsewhere=True).faults[0].startswith("train.global_batch_size: 64")
+    (fault,) = told(project, "run.processes=8", device="H100", devices=4).faults
+    assert fault == "run.processes: 8 are more than the 4 devices: set 0, for all of them"
+
+
+def test_this_machines_three_devices_are_found_out_too(project, monkeypatch):
+    monkeypatch.setattr("dit.runtime.accelerators", lambda wanted: ("cuda", 3))
+    found = checked(Paths(project), stale=list(STAGES), push=False)
+    assert found.devices == 3 and "for each of 3 devices" in found.faults[0]
+
+
+def test_what_nobody_knows_of_another_machine_is_not_judged(project):
+    huge = ["train.max_steps=400000000", "model.hidden_size=4096"]
+    assert len([fault for fault in told(project, *huge).faults if "CPU" in fault or "this machine" in fault]) == 2
+    unknown = told(project, "run.device=cuda", elsewhere=True)
+    assert unknown.faults == unknown.warnings == [] and "CPU" not in unknown.line and unknown.device == ""
+    assert unknown.line.endswith("which device it will run on is not known, so time, price and memory are not judged")
+    assert (unknown.hours, unknown.price_usd) == (None, None) and "GB of a device's memory, " in unknown.line
+    assert checked(Paths(project), stale=list(STAGES), push=False, elsewhere=True).line == unknown.line
+
+
+def test_a_chip_that_torch_has_no_name_for_is_called_as_its_pool_does(project, monkeypatch):
+    monkeypatch.setattr(expectations, "look", lambda wanted="auto": Machine("tpu", "tpu", int(100e9), None))
+    nameless = told(project)
+    assert nameless.hours is None and "how long on 1 x tpu is not known" in nameless.line
+    monkeypatch.setenv("DIT_DEVICE", "TPU v6e")
+    assert "of its 32 GB" in told(project).line and told(project).price_usd > 0
+    monkeypatch.setattr(expectations, "look", lambda wanted="auto": Machine("cuda", "NVIDIA L40S", int(48e9), None))
+    assert "how long on 1 x NVIDIA L40S is not known" in told(project).line  # which is none of the table's
+    monkeypatch.setattr(expectations, "look", lambda wanted="auto": CPU)
+    assert "CPU" in told(project).line
 
 
 def test_latents_take_memory_only_where_they_lie_there(project, monkeypatch):

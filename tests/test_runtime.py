@@ -3,11 +3,11 @@ import os
 import pytest
 import torch
 
-from dit import runtime
+from dit import expectations, runtime
 from dit.estimate import device_named
 from dit.progress import Progress, clock
 from dit.randomness import generator, permutation
-from dit.runtime import RunConfig, accelerators, autocast, pick_device, start
+from dit.runtime import RunConfig, accelerators, autocast, main_memory, pick_device, start
 from dit.schedule import warmup_cosine
 
 
@@ -123,3 +123,24 @@ def test_progress_says_rate_and_what_is_left():
 
 def test_clock():
     assert [clock(s) for s in (0, 42, 185, 7620, 273600)] == ["0s", "42s", "3m05s", "2h07m", "3d04h"]
+    days = (99.9, 100, 364.9, 365, 3610, 3652, 153_058.6)
+    told = ["99d21h", "100 days", "364 days", "1.0 years", "9.9 years", "10 years", "419 years"]
+    assert [clock(86_400 * count) for count in days] == told
+
+
+def test_a_containers_limit_is_the_memory_that_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "CGROUP", tmp_path)
+    there, older = main_memory(), tmp_path / "memory"
+    assert 2**28 < there < 2**50
+    older.mkdir()
+    for name, text, told in (
+        ("memory.max", "max\n", there),
+        ("memory.max", f"{2**27}\n", 2**27),
+        ("memory.max", f"{2**60}\n", there),
+        ("memory/memory.limit_in_bytes", f"{2**26}\n", 2**26),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", there),
+    ):
+        (tmp_path / name).write_text(text)
+        assert main_memory() == told, (name, text)
+    (tmp_path / "memory.max").write_text("1000000")
+    assert expectations.look("cpu").memory_bytes == 1_000_000

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit import workload
 from dit.check import latent_factor, stage_functions
 from dit.config import check_sections
-from dit.estimate import device_named
+from dit.estimate import ROOM, device_named
 from dit.expectations import Machine
 from dit.pipeline import SHARED, STAGES
 from dit.presets import resolve
@@ -105,3 +105,22 @@ def test_memory_and_disk_of_imagenet_are_what_the_preset_says(tmp_path):
     most = workload.largest_training_batch(network, device_named("A100").memory_bytes)
     assert held < 80e9 and most > network["batch_size"]
     assert workload.largest_training_batch(network, 10e9) == 0
+
+
+def test_devices_share_as_training_will_decide(tmp_path):
+    """The same answer as wrapping.kind's, on either side of the room that a copy of everything needs."""
+    from dit.model import DiT
+    from dit.parallel import World
+    from dit.wrapping import kind
+
+    sections, network, _ = foreseen("digits", H100, 1797, tmp_path, run__device_batch_size=4)
+    train, run = sections["train"], sections["run"]
+    shape = {name: network[name] for name in ("input_size", "in_channels", "num_classes")}
+    real = DiT(network["config"], **shape)
+    needed = workload.memory(sections, network)["train"] / ROOM
+    for room, shared in ((needed * 1.01, 1), (needed * 0.99, 8)):
+        assert workload.sharing(network, "auto", 8, Machine("cuda", "x", int(room), None)) == shared
+        assert (kind(real, train, run, World(0, 8), room) == "fsdp") == (shared == 8)
+    assert workload.sharing(network, "auto", 1, Machine("cuda", "x", 1, None)) == 1
+    eighth = workload.memory(sections, network | {"shared_by": 8})["train"]
+    assert needed * ROOM / 8 < eighth < needed * ROOM / 2
