@@ -17,7 +17,7 @@ import psutil
 from flows import servers, services
 from flows.services import Service
 
-RUNS_AT_ONCE = 4  # by the local worker: some of them only wait, for runs that they have started
+RUNS_AT_ONCE = 4  # by the local worker, beside those that wait for the end of what they have started on GPUs
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 Share = tuple[str, ...]  # GPUs, as CUDA_VISIBLE_DEVICES names them
 
@@ -100,7 +100,7 @@ def start(
     folder, new = servers.folder_of(root), []
     # Each share's worker takes one run at a time: further ones wait on the server, as "Late". Not a limit of the pool:
     # there, a run whose process was killed would keep its place.
-    named = {"worker-local": (RUNS_AT_ONCE, {})}
+    named = {"worker-local": (RUNS_AT_ONCE + len(gpu_shares), {})}
     named |= {f"worker-gpu-{one[0].replace('/', '_')}": (1, {VISIBLE: ",".join(one)}) for one in gpu_shares}
     for name, (limit, own) in named.items():
         if services.find(folder, name):

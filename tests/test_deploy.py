@@ -12,7 +12,7 @@ from toy_pipeline import REPOSITORY
 
 from dit import presets
 from dit.config import read_params
-from flows import deploy, pools
+from flows import deploy, placement, pools
 
 server = test_automations.server
 ACCELERATOR = {"local": {"digits", "smoke", "own-64"}}  # every other preset's training is for pool gpu
@@ -189,6 +189,10 @@ def test_twice_is_once_and_what_went_is_removed_and_prefects_own_command_makes_t
     assert first.keys() - now.keys() == {"train-dit/digits", "retrain/birds"}
     assert now.keys() - first.keys() == {"retrain/cats", *elsewhere}
     assert "removed      retrain/birds: no longer in prefect.yaml" in said
+    assert now["train-dit/on-kubernetes-cpu"]["variables"] == {"hosts": "2"}
+    for pool in pools.KUBERNETES_POOLS:  # what a run that has prepared everything starts there
+        told = {"branch": "runs/xl2/0a1b2c3d", "force": ["train"], "anyway": True, "push": True}
+        assert placement.start(f"train-dit/on-{pool}", told).work_pool_name == pool
     assert not [name for one in now.values() for name in one["triggers"] if "birds" in name]
 
     # On another's server nothing of others is touched.
@@ -225,6 +229,7 @@ def described():
                     each.name: each.trigger.match.root
                     for each in client.read_resource_related_automations(f"prefect.deployment.{one.id}")
                 },
+                "variables": one.job_variables,
                 "enforced": one.enforce_parameter_schema,
             }
             for one in client.read_deployments(limit=200)

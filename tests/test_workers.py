@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import local, servers, services, workers
@@ -13,9 +14,8 @@ from flows import local, servers, services, workers
 def root(tmp_path, monkeypatch):
     """An empty checkout on a machine of eight GPUs; what was started there is ended."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
-    monkeypatch.setattr(
-        workers, "_command", lambda name, limit: [sys.executable, "-c", "import time; time.sleep(1000)"]
-    )
+    idle = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    monkeypatch.setattr(workers, "_command", lambda name, limit: [*idle, str(limit)])
     yield tmp_path
     left = list(services.marked(servers.folder_of(tmp_path)))
     services.signal_each(left, 9)
@@ -54,6 +54,8 @@ def test_shares_have_a_worker_each_and_one_that_ended_is_started_again_with_its_
         "worker-gpu-6": "6,7",
     }
     folder = servers.folder_of(root)
+    limits = {worker.name: psutil.Process(worker.pid).cmdline()[-1] for worker in workers.running(folder)}
+    assert limits.pop("worker-local") == "8" and set(limits.values()) == {"1"}  # four may wait for those on GPUs
     services.end(folder, services.find(folder, "worker-gpu-4"))
     assert started(root) == {"worker-gpu-4": "4,5"}
     assert workers.told(workers.divided(folder)) == "2 GPUs for each of 4 runs at a time"
