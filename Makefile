@@ -45,10 +45,10 @@ format: .venv/.installed ## ruff: repair what it can
 up: .venv/.installed ## start local Prefect and MLflow servers and workers (or reuse them)
 	@$(BIN)/python -m dit.cli up
 
-down: .venv/.installed ## end exactly what `make up` started
+down: .venv/.installed ## end the servers and workers of this checkout
 	@$(BIN)/python -m dit.cli down
 
-status: .venv/.installed ## what `make up` started, and its health
+status: .venv/.installed ## what runs of them, and its health
 	@$(BIN)/python -m dit.cli status
 
 deploy: .venv/.installed ## make all deployments on the Prefect server that is configured (dit deploy)

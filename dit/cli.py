@@ -2,11 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from dit import __version__, trial
+from dit import __version__, judge, trial
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,6 +13,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
+    for add in (_add_settings, _add_weights, trial.add_command, judge.add_command, _add_notify, _add_servers):
+        add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        complain(error)
+        return 2
+    except BrokenPipeError:  # `dit preset | head`
+        sys.stderr.close()
+        return 1
+    except OSError as error:  # of a place that cannot be written or read
+        complain(f"{error.filename}: {error.strerror}" if error.filename else error)
+        return 2
+    return 0
+
+
+def complain(what: object) -> None:
+    """Tell a person what is wrong, on standard error: each line begins with `dit: `, whatever the command."""
+    for line in str(what).splitlines():
+        print(f"dit: {line}", file=sys.stderr)
+
+
+def _add_settings(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "check", help="validate params.yaml for every stage at once, and say what a run will do"
     )
@@ -56,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("clean", help="delete the states of earlier trainings in scratch/ (results stay)")
     command.set_defaults(run=clean)
 
+
+def _add_weights(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("import", help="turn published DiT or SiT weights, or a diffusers folder, into ours")
     command.add_argument("source", metavar="FILE|FOLDER", type=Path)
     command.add_argument("--output", type=Path, help="default: weights/NAME, of the source's name")
@@ -92,52 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", dest="as_json", help="for programs")
     command.set_defaults(run=info)
 
-    trial.add_command(commands)
-    _add_evaluate(commands)
-    _add_notify(commands)
-    _add_servers(commands)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except ValueError as error:
-        print("\n".join(f"dit: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `dit preset | head`
-        sys.stderr.close()
-        return 1
-    except OSError as error:  # of a place that cannot be written or read
-        print(f"dit: {error.filename}: {error.strerror}" if error.filename else f"dit: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("evaluate", help="FID and its like of any images, and of a training's snapshots")
-    command.add_argument("samples", nargs="?", type=Path, help="an .npz (arr_0), .npy, folder of images, or .tar files")
-    command.add_argument(
-        "--reference", type=Path, required=True, help="artifacts/reference, ADM's .npz, a statistics file, or images"
-    )
-    command.add_argument(
-        "--extractor", help="inception, classifier, random, or torch-fidelity's; default: the reference's, or inception"
-    )
-    command.add_argument("--weights", type=Path, help="of Inception; default: in $TORCH_HOME, else downloaded")
-    command.add_argument("--labels", type=Path, help=".npy, or .npz with `labels`; default: the images' own")
-    command.add_argument("--training", type=Path, metavar="IMAGES", help="look for copies of these; needs --heldout")
-    command.add_argument("--heldout", type=Path, metavar="IMAGES", help="real images that the model never saw")
-    command.add_argument("--papers", action="store_true", help="beside the papers' figures on ImageNet")
-    command.add_argument(
-        "--bootstrap", type=int, default=20, metavar="N", help="resamplings behind an interval; 0: none"
-    )
-    command.add_argument(
-        "--keep-reference", type=Path, metavar="FOLDER", help="where to keep what the reference became"
-    )
-    command.add_argument("--output", type=Path, metavar="FILE", help="default: SAMPLES.metrics.json, in this folder")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    command.add_argument("--snapshots", type=Path, metavar="FOLDER", help="artifacts/train: its averages, not SAMPLES")
-    command.add_argument("--setting", help="of sample.settings, for --snapshots; default: the first")
-    command.add_argument("--num-images", type=int, metavar="N", help="for --snapshots; default: sample.num_images")
-    command.set_defaults(run=evaluate)
-
 
 def _add_notify(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
@@ -153,13 +131,17 @@ def _add_notify(commands: argparse._SubParsersAction) -> None:
 def _add_servers(commands: argparse._SubParsersAction) -> None:
     for name, words in {
         "up": "start Prefect's and MLflow's servers and workers on this machine, or use those that run",
-        "down": "end exactly what `dit up` started; runs go on at the next `dit up`",
-        "status": "what `dit up` started, and its health",
+        "down": "end this checkout's servers and workers; runs that it ends go on at the next `dit up`",
+        "status": "what runs of this checkout's servers and workers, and its health",
         "deploy": "bring prefect.yaml's deployments, work pools and automations to the Prefect server",
     }.items():
         command = commands.add_parser(name, help=words)
         if name == "deploy":
             command.add_argument("--kubernetes", action="store_true", help="with the work pools of infra/work_pools")
+        if name == "up":
+            command.add_argument(
+                "--gpus-per-run", type=int, metavar="N", help="default: all GPUs here, one run at a time"
+            )
         command.set_defaults(run=servers, what=name)
 
 
@@ -168,6 +150,8 @@ def servers(options: argparse.Namespace) -> None:
 
     # A process of its own: the checkout's flows are run, wherever `dit` is installed, and Prefect stays out of here.
     more = ["--kubernetes"] if getattr(options, "kubernetes", False) else []
+    if (count := getattr(options, "gpus_per_run", None)) is not None:
+        more = ["--gpus-per-run", str(count)]
     command = [sys.executable, "-m", "flows.local", options.what, *more]
     if not Path("flows/local.py").exists():
         raise ValueError(f"no flows in {Path.cwd()}: run in the project's folder")
@@ -198,7 +182,8 @@ def check(options: argparse.Namespace) -> None:
     print(found.dump() if options.as_json else found.line)
     if not options.as_json:
         doubts = [*found.warnings, *(found.faults if options.anyway else [])]
-        print("".join(f"dit: {doubt}\n" for doubt in doubts), end="", file=sys.stderr)
+        for doubt in doubts:
+            complain(doubt)
         preflight.refuse(found, options.anyway)
 
 
@@ -270,53 +255,6 @@ def import_weights(options: argparse.Namespace) -> None:
     chosen = options.output is not None
     said = importing.import_weights(options.source, output, importing.Wanted(**told), replace=chosen)
     print("\n".join([f"{output}:", *said]))
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    from dit import scorecard
-
-    told = {name: value for name, value in vars(options).items() if name != "run"}
-    over_training = {name: told.pop(name) for name in ("snapshots", "setting", "num_images")}
-    if (told["samples"] is None) == (over_training["snapshots"] is None):
-        raise ValueError("name the images to evaluate, or a training's folder with --snapshots: one of the two")
-    if over_training["snapshots"] is None:
-        if over_training["setting"] is not None or over_training["num_images"] is not None:
-            raise ValueError("--setting and --num-images are for --snapshots: images that are there need neither")
-        with _one_of_several():
-            scorecard.evaluate(scorecard.Asked(**told))
-        return
-    unused = ("labels", "training", "heldout", "papers", "keep_reference")
-    if given := [f"--{name.replace('_', '-')}" for name in unused if told[name]]:
-        raise ValueError(f"{' and '.join(given)} cannot be had with --snapshots: draw images, and name those")
-    from dit import trajectory
-    from dit.paths import Paths
-
-    with _one_of_several():
-        trajectory.evaluate_snapshots(scorecard.Asked(**told), *over_training.values(), paths=Paths())
-
-
-@contextmanager
-def _one_of_several() -> Iterator[None]:
-    """Whoever ends, by a signal or because another process did, puts away its scratch files and says so in one line."""
-    from dit import entry
-    from dit.parallel import world
-
-    us = world()
-    try:
-        with entry.interruptible():
-            yield
-    except entry.Interrupted as error:
-        if us.main:
-            print(f"dit: {error}: no result was written", file=sys.stderr)
-        raise SystemExit(entry.INTERRUPTED) from None
-    except ValueError as error:
-        if us.main:
-            raise
-        raise ValueError(f"process {us.rank}: {error}") from None
-    except RuntimeError as error:
-        if us.size == 1 or not entry.lost_another(error):
-            raise
-        raise SystemExit(entry.INTERRUPTED) from None  # the process that ended says why
 
 
 def export_weights(options: argparse.Namespace) -> None:

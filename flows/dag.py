@@ -129,6 +129,8 @@ def run_stage(
         said = outcome.get("message") if outcome.get("status") in ("refused", "failed") else None
         again = outcome.get("retry", False) if outcome else _was_killed(code, last)
         message = f"{said}\n{lines}" if said else lines or f"dvc exited with {code}"
+        if said and outcome["status"] == "refused":  # a person's mistake: the line says it all
+            message = said
         return StageResult(name, "lost" if again else "failed", seconds, message)
     if unsaved:  # a full disk, say: DVC itself exits with 0, and the results would go with the worktree
         return StageResult(name, "failed", seconds, f"not all of {name}'s results are in DVC's cache: {unsaved}")

@@ -5,21 +5,17 @@ takes a tenth of the time, skips work pools that the server doesn't have, and sa
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dit.config import read_params
+from flows import pools
 
 TAG = "dit"  # on every deployment of ours, and so on every run
-PROCESS_POOLS = {"local": "runs on this machine", "gpu": "runs that hold an accelerator of this machine, one each"}
-KUBERNETES_POOLS = {f"kubernetes-{kind}": f"jobs on a cluster: {kind.upper()}s" for kind in ("cpu", "gpu", "tpu")}
-# A study waits for runs of the same worker: few at a time, else all places would be taken by those who wait.
-STUDIES, STUDIES_AT_ONCE = "studies", 2  # the work queue, and its limit
 NOTIFY_BLOCK = "dit-notify"  # the block, made by a person, through which the server tells news
 EMBEDDED = "digits"  # a source that never changes
 
@@ -77,57 +73,6 @@ def _with_own(found: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
     return [one for one in found if one not in retraining or one["name"] != name] + [own]
 
 
-def make_pools(root: Path, *, ours: bool, kubernetes: bool) -> list[str]:
-    """The work pools: this machine's, which know where the checkout lies, and (`kubernetes`) those of infra/work_pools.
-
-    Args:
-        ours: the server is this checkout's own: its pools belong here, wherever they pointed before.
-
-    Returns lines for a person. What a person set on a pool (its limit, whether it is paused) stays.
-    """
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-    from prefect.exceptions import ObjectAlreadyExists
-
-    here = _template(root, "process")
-    here["variables"]["properties"]["working_dir"]["default"] = str(root.resolve())
-    wanted = {name: ("process", words, here) for name, words in PROCESS_POOLS.items()}
-    if kubernetes:
-        wanted |= {name: ("kubernetes", words, _template(root, name)) for name, words in KUBERNETES_POOLS.items()}
-    said = []
-    with get_client(sync_client=True) as client:
-        there = {pool.name: pool for pool in client.read_work_pools()}
-        for name, (kind, words, template) in wanted.items():
-            if name not in there:
-                pool = WorkPoolCreate(name=name, type=kind, description=words, base_job_template=template)
-                client.create_work_pool(pool)
-                said.append(f"work pool    {name} ({kind})")
-                continue
-            before = there[name]
-            if before.type != kind:
-                raise ValueError(f"the server has a work pool {name} of type {before.type}, and ours is {kind}")
-            elsewhere = _working_dir(before.base_job_template) if kind == "process" else None
-            if elsewhere not in (None, str(root.resolve())) and not ours:
-                said.append(f"work pool    {name} works in {elsewhere}: left as it is")
-            elif before.base_job_template != template:
-                client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, description=words))
-        with suppress(ObjectAlreadyExists):
-            client.create_work_queue(STUDIES, work_pool_name="local", concurrency_limit=STUDIES_AT_ONCE)
-    return said
-
-
-def _working_dir(template: dict[str, Any]) -> str | None:
-    return template.get("variables", {}).get("properties", {}).get("working_dir", {}).get("default")
-
-
-def _template(root: Path, name: str) -> dict[str, Any]:
-    file = root / "infra" / "work_pools" / f"{name}.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is needed to make a work pool, and can't be read: {error}") from None
-
-
 def deploy(root: Path, wanted: Iterable[dict[str, Any]], say: Callable[[str], None], *, prune: bool) -> list[str]:
     """Make or renew these deployments, with their schedules and triggers; returns their names, `flow/deployment`.
 
@@ -143,10 +88,10 @@ def deploy(root: Path, wanted: Iterable[dict[str, Any]], say: Callable[[str], No
         flows.refuse(one)
     made, missing = {}, {}
     with _told(), get_client(sync_client=True) as client:
-        pools = {pool.name for pool in client.read_work_pools()}
+        there = {pool.name for pool in client.read_work_pools()}
         for one in wanted:
             name, pool = f"{one['flow']}/{one['name']}", one["work_pool"]["name"]
-            if pool not in pools:
+            if pool not in there:
                 missing.setdefault(pool, []).append(name)
                 continue
             made[_put(client, one, flows)] = name
@@ -295,7 +240,7 @@ def prepare(
     from flows import automations
 
     with _told():
-        for line in make_pools(root, ours=ours, kubernetes=kubernetes):
+        for line in pools.make(root, ours=ours, kubernetes=kubernetes):
             say(line)
         for line in automations.ship(watched=watched(wanted)):
             say(line)

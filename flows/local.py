@@ -10,35 +10,40 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dit import locks
-from flows import deploy, leash, lost, servers, services
+import psutil
+
+from dit import cli, locks
+from flows import deploy, leash, lost, servers, services, workers
 from flows.services import Service
 
-RUNS_AT_ONCE = 4  # by the local worker: some of them only wait, for runs that they have started
+TYPED = ("flows.train_dit", "flows.retrain", "flows.study")  # flows that a person may start in a terminal
 END_FLOW_SECONDS = 9.0  # what a flow needs to end beyond its stage's time to save
 
 
-def up(root: Path, say: Callable[[str], None] = print) -> None:
+def up(root: Path, say: Callable[[str], None] = print, gpus_per_run: int | None = None) -> None:
     """Start what doesn't run yet: servers, work pools, deployments, automations, workers. What runs is used.
 
     A run whose process is gone, of an earlier day or of a machine that went down, starts again where it stopped.
     Raises ValueError with the reason if something can't start; what this call had started is ended then.
+
+    Args:
+        gpus_per_run: how this machine's GPUs are shared out, see `workers`; None: as they are, else all for one run.
     """
     leash.save_seconds()  # a worker hands it to its flows: refused here, not there
+    workers.shares(workers.gpus(), gpus_per_run)
     wanted = deploy.plan(root)
     began, folder = time.monotonic(), servers.folder_of(root)
     with locks.held(folder / "lock", say, "another `up` or `down`"):
         started: list[Service] = []
+        shares = workers.wanted(folder, gpus_per_run)
         try:
             found = servers.ensure(root, servers.NAMES, started, say)
             prefect, environment = found["prefect"], servers.environment(root, found)
@@ -47,15 +52,15 @@ def up(root: Path, say: Callable[[str], None] = print) -> None:
             if stale:
                 _settings(environment)
                 deploy.prepare(root, wanted, say, ours=True)
-            staffed = {_pool(worker) for worker in _workers(folder)}
+            staffed = {workers.pool(worker) for worker in workers.running(folder)}
             for name in lost.settle(prefect, folder, staffed):
                 say(f"ended before its time: {name}")
-            workers = _start_workers(root, environment, started)
+            begun = workers.start(root, environment, shares, started)
             if stale:
                 deploy.deploy(root, wanted, lambda line: None, prune=True)
                 deployed.write_text(recipe)
-            for worker, since in workers:
-                servers.wait_until(lambda w=worker, s=since: _online(prefect, w, s), worker, folder)
+            for worker, since in begun:
+                servers.wait_until(lambda w=worker, s=since: workers.online(prefect, w, s), worker, folder)
         except BaseException:
             for service in reversed(started):
                 services.end(folder, service)
@@ -67,20 +72,23 @@ def up(root: Path, say: Callable[[str], None] = print) -> None:
 
 
 def down(root: Path, say: Callable[[str], None] = print) -> None:
-    """End exactly what `up` started: workers, their flows (a stage may save), servers.
+    """End this checkout's servers, whoever started them (`up`, or a flow in a terminal), its workers and their flows.
 
-    A flow that is ended so goes on at the next `up`; to end one for good, cancel it before.
+    A stage may save, and a worker's flow goes on at the next `up`; to end one for good, cancel it before. Raises
+    ValueError, and ends nothing, while a flow in a terminal uses the server: without it, that one could not go on.
     """
     folder = servers.folder_of(root)
     if not folder.exists():
         say("nothing to end")
         return
     with locks.held(folder / "lock", say, "another `up` or `down`"):
-        workers = _workers(folder)
-        for worker in workers:  # first: they would start again what ends now
+        if (prefect := services.find(folder, "prefect")) and (typed := _typed(root, prefect)):
+            raise ValueError(f"{' and '.join(typed)} uses the server: end it first (Ctrl-C lets its stage save)")
+        ours = workers.running(folder)
+        for worker in ours:  # first: they would start again what ends now
             lost.end_worker(folder, worker)
         ended = [f"{count} running flow(s)"] if (count := _end_flows(folder, say)) else []
-        ended += [worker.name for worker in workers]
+        ended += [worker.name for worker in ours]
         for name in reversed(servers.NAMES):
             if service := services.find(folder, name):
                 services.end(folder, service)
@@ -97,14 +105,18 @@ def status(root: Path, say: Callable[[str], None] = print) -> bool:
     """Say what runs; true if both servers and the local worker do."""
     folder = servers.folder_of(root)
     found = {name: services.find(folder, name) for name in (*servers.NAMES, "worker-local")}
-    found |= {worker.name: worker for worker in _workers(folder)}
+    found |= {worker.name: worker for worker in workers.running(folder)}
     healthy = True
     for name, service in found.items():
         answers = service is not None and (service.port is None or servers.answers(service))
         healthy = healthy and answers
         where = f"{service.url}, process {service.pid}" if service and service.port else ""
         where = where or (f"process {service.pid}" if service else "does not run")
+        if service and name.startswith("worker-gpu"):
+            where += f", GPU {','.join(workers.share_of(service))}"
         say(f"{name:13} {where}" + (", no answer" if service and not answers else ""))
+    if shares := workers.divided(folder):
+        say(f"pool gpu      {workers.told(shares)}")
     if running := lost.flows(folder):
         say(f"{len(running)} flow(s) running")
     if found["prefect"]:
@@ -132,44 +144,6 @@ def _settings(environment: dict[str, str]) -> None:
     refresh_global_settings_context()
 
 
-def gpus() -> list[str]:
-    """The accelerators that workers may hand out, as CUDA_VISIBLE_DEVICES names them."""
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for part in chosen.split(",") if (name := part.strip()) not in ("", "-1")]
-    return sorted(
-        (m[1] for file in Path("/dev").glob("nvidia*") if (m := re.fullmatch(r"nvidia(\d+)", file.name))), key=int
-    )
-
-
-def _workers(folder: Path) -> list[Service]:
-    """The workers that run here."""
-    files = sorted(folder.glob("worker-*.json"))
-    return [worker for file in files if (worker := services.find(folder, file.stem))]
-
-
-def _pool(worker: Service) -> str:
-    return worker.name.split("-")[1]
-
-
-def _start_workers(root: Path, environment: dict[str, str], started: list[Service]) -> list[tuple[Service, float]]:
-    """Start the missing workers, one for `local` and one for each GPU; returns each with the time of its start."""
-    folder, new = servers.folder_of(root), []
-    # Each GPU's worker takes one run at a time: further ones wait on the server, as "Late". Not a limit of the pool:
-    # there, a run whose process was killed would keep its place.
-    wanted = {"worker-local": (RUNS_AT_ONCE, {})}
-    wanted |= {f"worker-gpu-{gpu}": (1, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus()}
-    for name, (limit, own) in wanted.items():
-        if services.find(folder, name):
-            continue
-        pool = name.split("-")[1]
-        words = ["--pool", pool, "--type", "process", "--limit", str(limit), "--name", name]
-        command, since = [sys.executable, "-m", "prefect", "worker", "start", *words], time.time()
-        worker = services.start(folder, name, command, {**environment, **own}, root)
-        started.append(worker)
-        new.append((worker, since))
-    return new
-
-
 def _recipe(root: Path, wanted: list[dict[str, Any]], prefect: Service) -> str:
     """What deployments and automations follow from: the plan, the flows' code, notifications, the server."""
     files = [*sorted((root / "flows").glob("*.py")), root / "dvc.yaml"]  # whose stages the forms offer
@@ -181,18 +155,15 @@ def _recipe(root: Path, wanted: list[dict[str, Any]], prefect: Service) -> str:
     return hashlib.sha256(code + told.encode()).hexdigest()
 
 
-def _online(prefect: Service, worker: Service, since: float) -> bool:
-    seen = servers.ask(prefect, f"work_pools/{_pool(worker)}/workers/filter")
-    its = [one for one in seen if one["name"] == worker.name]
-    return any(datetime.fromisoformat(one["last_heartbeat_time"]).timestamp() >= since for one in its)
-
-
 def _report(root: Path, found: dict[str, Service], pointed: bool, say: Callable[[str], None]) -> None:
     prefect = found["prefect"]
     flows = {one["id"]: one["name"] for one in servers.ask(prefect, "flows/filter")}
     say(f"Prefect      {prefect.url}")
     say(f"MLflow       {found['mlflow'].url}")
-    pools = {_pool(worker) for worker in _workers(servers.folder_of(root))}
+    folder = servers.folder_of(root)
+    if shares := workers.divided(folder):
+        say(f"pool gpu     {workers.told(shares)} (shared out otherwise: dit down; dit up --gpus-per-run N)")
+    pools = {workers.pool(worker) for worker in workers.running(folder)}
     for line in _deployments(servers.ask(prefect, "deployments/filter"), flows, pools):
         say(f"deployment   {line}")
     for name in lost.waiting(prefect):
@@ -236,11 +207,28 @@ def _end_flows(folder: Path, say: Callable[[str], None]) -> int:
     return len(running)
 
 
+def _typed(root: Path, prefect: Service) -> list[str]:
+    """The flows that run in terminals and talk to this server, in words for a person."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+            if module not in TYPED or Path(process.cwd()) != root.resolve():
+                continue
+            if process.environ().get("PREFECT_API_URL", f"{prefect.url}/api") == f"{prefect.url}/api":
+                found.append(f"process {process.pid} ({' '.join(words[words.index('-m') :])[:80]})")
+        except psutil.Error:
+            pass  # another user's, or gone
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 if something can't start, or (status) doesn't run."""
     parser = argparse.ArgumentParser(prog="python -m flows.local", description=__doc__)
     parser.add_argument("what", choices=["up", "down", "status", "deploy"])
     parser.add_argument("--kubernetes", action="store_true", help="deploy: also the work pools of infra/work_pools")
+    parser.add_argument("--gpus-per-run", type=int, metavar="N", help="up: share this machine's GPUs out, N to a run")
     chosen, root = parser.parse_args(arguments), Path.cwd()
     what = chosen.what
     try:
@@ -248,13 +236,15 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if status(root) else 1
         if what == "deploy":
             deploy.deploy_all(root, kubernetes=chosen.kubernetes)
+        elif what == "up":
+            up(root, gpus_per_run=chosen.gpus_per_run)
         else:
-            (up if what == "up" else down)(root)
+            down(root)
     except ValueError as error:
-        print(f"{what}: {error}", file=sys.stderr)
+        cli.complain(error)
         return 1
     except KeyboardInterrupt:
-        print(f"{what}: interrupted", file=sys.stderr)
+        cli.complain("interrupted")
         return 130
     except BrokenPipeError:  # `dit status | head`
         sys.stderr.close()

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from flows import servers, services
-from flows.deploy import PROCESS_POOLS
+from flows.pools import PROCESS_POOLS
 from flows.services import Service
 
 RUN_ID = "PREFECT__FLOW_RUN_ID"

@@ -63,6 +63,7 @@ def retrain(
     if not locks.free(queue):
         return Completed(name="AlreadyQueued", message="a run that asks the same waits already, and will look then")
     try:
+        _threshold(RetrainConfig(), min_new_images)
         with ExitStack() as queued:
             queued.enter_context(locks.held(queue, log.info, f"retrain run {flow_run.name!r}"))
             run_id, how = str(flow_run.id), {"purpose": "retrain", "push": push, "key": _turn}
@@ -92,8 +93,7 @@ def look(place: Workplace, least: int | None = None) -> Changes | State:
     Nothing new goes on all the same where the last model still waits for the registry: all but `register` is cached.
     `least` stands in the place of retrain.min_new_images.
     """
-    config = config_of(place.params)
-    config = config if least is None else replace(config, min_new_images=least)
+    config = _threshold(config_of(place.params), least)
     since = worktrees.last_success(place.home, place.dataset, place.label)
     try:
         changes, now = settle(place, config, listing_of(place, since))
@@ -234,6 +234,11 @@ def config_of(params: dict[str, Any]) -> RetrainConfig:
     return parse("retrain", params.get("retrain") or {}, RetrainConfig)
 
 
+def _threshold(config: RetrainConfig, least: int | None) -> RetrainConfig:
+    """The settings with another number of new images that are worth a training. Raises ValueError where it is none."""
+    return config if least is None else replace(config, min_new_images=least)
+
+
 def _turn(params: dict[str, Any]) -> str:
     return f"retrain-{(params.get('data') or {}).get('name')}-{(params.get('register') or {}).get('model_name')}"
 
@@ -260,7 +265,13 @@ def main(arguments: Iterable[str] | None = None) -> int:
     """Run the flow in this process; returns 0 if it completed, and that includes NothingNew."""
     parser = terminal.options(retrain, "retrain")
     parser.add_argument("--min-new-images", type=int, help="new and replaced images that are worth a training")
-    return terminal.run(retrain, vars(parser.parse_args(arguments)))
+    told = vars(parser.parse_args(arguments))
+    wanted = Wanted(told["preset"], tuple(told["set"] or ()), told["source"])
+
+    def refuse() -> None:
+        _threshold(config_of(workplace.foreseen(Path.cwd(), wanted)), told["min_new_images"])
+
+    return terminal.run(retrain, told, refuse)
 
 
 if __name__ == "__main__":

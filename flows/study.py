@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
@@ -58,9 +59,7 @@ def study(
     """
     log, home, run_id = get_run_logger(), Path.cwd(), str(flow_run.id)
     try:
-        if not variants:
-            raise ValueError('variants: there are none: give names and settings, {"wide": ["model.hidden_size=192"]}')
-        wanted = {name: Wanted(preset, (*(set or ()), *more), source) for name, more in variants.items()}
+        wanted = asked(preset, variants, set, source)
         found = findings.expect(home, run_id, wanted)
         for finding in found.values():
             log.info("%s: %.4g Gflops, %s parameters", finding.name, finding.gflops, f"{finding.parameters:,}")
@@ -71,7 +70,7 @@ def study(
         runs = on_workers(wanted, how) if workers_wait() else one_by_one(wanted, how)
         for name, (variant_run, state) in runs:
             label = workplace.label_of(home, wanted[name])
-            found[name] = findings.gather(home, found[name], worktrees.describe(home, variant_run, label).branch, state)
+            found[name] = findings.gather(home, found[name], _branch(home, variant_run, label), state)
             log.info("%s: %s", name, findings.line(found[name]))
             findings.publish(folder, _title(preset), list(found.values()))
         done = [finding for finding in found.values() if finding.figure is not None]
@@ -79,6 +78,15 @@ def study(
         return Completed(message=told) if len(done) == len(found) else Failed(name="Incomplete", message=told)
     except ValueError as error:
         return Failed(message=str(error))  # raised, it would be told with a traceback
+
+
+def asked(
+    preset: str | None, variants: Mapping[str, Sequence[str]] | None, alike: Sequence[str] | None, source: str | None
+) -> dict[str, Wanted]:
+    """What each variant's params.yaml becomes; `alike` are the settings of all. Raises ValueError for what can't be."""
+    if not variants:
+        raise ValueError('variants: there are none: give names and settings, {"wide": ["model.hidden_size=192"]}')
+    return {name: Wanted(preset, (*(alike or ()), *more), source) for name, more in variants.items()}
 
 
 def prepare(
@@ -152,6 +160,12 @@ def one_by_one(wanted: Mapping[str, Wanted], how: Mapping[str, Any]) -> Iterable
         yield name, (str(state.state_details.flow_run_id), state)
 
 
+def _branch(home: Path, run_id: str, label: str) -> str:
+    """A run's branch; "" if it has none, as one that was refused."""
+    name = worktrees.describe(home, run_id, label).branch
+    return name if worktrees.git(home, "branch", "--list", name) else ""
+
+
 def _title(preset: str | None) -> str:
     return str(deployment.name or preset or "params.yaml")
 
@@ -168,11 +182,13 @@ def main(arguments: Iterable[str] | None = None) -> int:
         help="a variant's name and the settings in which it differs",
     )
     told = vars(parser.parse_args(arguments))
-    told["variants"] = {name: more for name, *more in told.pop("variant")}
+    named = told.pop("variant")
+    told["variants"] = {name: more for name, *more in named}
 
     def refuse() -> None:
-        if not told["variants"]:
-            raise ValueError("there are no variants: --variant NAME SETTING=VALUE ... for each")
+        if twice := [name for name in told["variants"] if sum(name == other for other, *_ in named) > 1]:
+            raise ValueError(f"--variant {', '.join(twice)}: named more than once")
+        findings.expect(Path.cwd(), uuid4().hex, asked(told["preset"], told["variants"], told["set"], told["source"]))
 
     return terminal.run(study, told, refuse)
 

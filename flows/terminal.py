@@ -1,6 +1,7 @@
 """A flow started by hand, in this process: `python -m flows.train_dit ...`, `flows.retrain`, `flows.study`."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -42,9 +43,16 @@ def run(flow: Flow, told: dict[str, Any], refuse: Callable[[], None] = lambda: N
         print("\n".join(f"{flow.name}: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 1
     refresh_global_settings_context()  # Prefect read the environment when it was imported
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_says_more)
     try:
         state = flow(**told, return_state=True)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     print(f"{flow.name}: {state.name}: {state.message}")
     return 0 if state.is_completed() else 1
+
+
+def _says_more(record: logging.LogRecord) -> bool:
+    """Whether a line of the log says more than the last one of `run` will, which tells why the flow failed."""
+    return not record.getMessage().startswith("Finished in state Failed(")

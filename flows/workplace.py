@@ -4,10 +4,12 @@ Two runs of the same settings take turns, so that the second finds in DVC's cach
 different settings, and a person in the checkout, go on beside each other. Knows nothing of Prefect.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dit import locks, presets
@@ -104,7 +106,8 @@ def opened(
     branch: str | None = None,
     key: Callable[[dict[str, Any]], str] | None = None,
 ) -> Iterator[Workplace]:
-    """A worktree for one run, ready to be walked; it is removed at the end, its branch stays.
+    """A worktree for one run, ready to be walked; it is removed at the end, its branch stays, unless the run was
+    refused before any stage but `scan` was done: there is nothing on it then.
 
     Args:
         start: the commit that the run begins with.
@@ -147,8 +150,23 @@ def opened(
                 remotes.give_back(home, branch)
         except Exception:
             worktrees.close(tree)
+            if not branch:
+                _forget(tree, start)
             raise
         worktrees.close(tree)
+
+
+def _forget(tree: Worktree, start: str) -> None:
+    """Delete a run's branch if its stages' results are those that it began with."""
+
+    def results(commit: str) -> dict[str, Any]:
+        stages = worktrees.lock_at(tree.home, commit).get("stages", {})
+        return {name: made for name, made in stages.items() if name != "scan"}  # which runs every time
+
+    with suppress(ValueError):  # there is none
+        worktrees.git(tree.home, "rev-parse", "-q", "--verify", f"refs/heads/{tree.branch}")
+        if results(tree.branch) == results(start) and not worktrees.is_success(tree.home, tree.branch):
+            worktrees.git(tree.home, "branch", "-q", "-D", tree.branch)
 
 
 def refuse(home: Path, wanted: Wanted) -> None:
@@ -161,6 +179,20 @@ def refuse(home: Path, wanted: Wanted) -> None:
         read_params(home / "params.yaml")
     if wanted.overrides and (home / "params.yaml").exists():
         presets.override(home / "params.yaml", wanted.overrides, write=False)
+
+
+def foreseen(home: Path, wanted: Wanted) -> dict[str, Any]:
+    """The settings that a run would have, of the checkout as it lies there. Raises ValueError."""
+    with TemporaryDirectory() as folder:
+        params = Path(folder) / "params.yaml"
+        (Path(folder) / "presets").symlink_to(home.resolve() / "presets")
+        if (home / "params.yaml").exists():
+            shutil.copy(home / "params.yaml", params)
+        if wanted.preset:
+            presets.apply(_preset_file(home, wanted.preset), params, home / "presets")
+        if wanted.overrides:
+            presets.override(params, wanted.overrides)
+        return read_params(params)
 
 
 def label_of(home: Path, wanted: Wanted) -> str:

@@ -77,11 +77,15 @@ def test_a_stage_gets_this_interpreter_and_its_environment(scanned):
     assert (scanned / "model").read_text() == f"given {os.path.join(os.path.dirname(sys.executable), 'python')}"
 
 
-def test_a_failure_tells_the_stages_own_message_and_its_last_lines(scanned):
+def test_a_refusal_is_the_stages_own_line_and_a_failure_tells_its_last_lines_too(scanned):
     tell(scanned, fail="train.lr must be positive")
     result, _ = walk(scanned)
-    assert result.status == "failed"
-    assert result.message.startswith("train.lr must be positive\n")
+    assert (result.status, result.message) == ("failed", "train.lr must be positive")
+    (scanned / "train.py").write_text(
+        (scanned / "train.py").read_text().replace('outcome("refused", ', 'outcome("failed", ')
+    )
+    result, _ = walk(scanned)
+    assert result.status == "failed" and result.message.startswith("train.lr must be positive\n")
     assert "last words of train.py" in result.message and "exited with 1" in result.message
 
 

@@ -12,7 +12,7 @@ from toy_pipeline import REPOSITORY
 
 from dit import presets
 from dit.config import read_params
-from flows import deploy
+from flows import deploy, placement, pools
 
 server = test_automations.server
 ACCELERATOR = {"local": {"digits", "smoke", "own-64"}}  # every other preset's training is for pool gpu
@@ -54,7 +54,7 @@ def test_every_preset_has_its_deployment_and_every_data_set_its_retraining():
         pool = {} if name in ACCELERATOR["local"] else {"pool": "gpu"}
         assert plan[f"train-dit/{name}"]["parameters"] == {"preset": name, **pool}
         assert plan[f"train-dit/{name}"]["work_pool"]["name"] == "local"
-    hops = {f"on-{pool}" for pool in ("gpu", "kubernetes-gpu", "kubernetes-tpu")}
+    hops = {f"on-{pool}" for pool in ("gpu", *pools.KUBERNETES_POOLS)}
     for hop in hops:
         one = plan[f"train-dit/{hop}"]
         assert (one["parameters"], one["work_pool"]["name"]) == ({}, hop.removeprefix("on-"))
@@ -162,7 +162,8 @@ def test_twice_is_once_and_what_went_is_removed_and_prefects_own_command_makes_t
     put(checkout, deploy.plan(checkout), said.append, ours=True)
     assert any(line.startswith("left out     train-dit/on-kubernetes-gpu: ") for line in said)
     first = described()
-    expected = by_name(deploy.plan(checkout)).keys() - {"train-dit/on-kubernetes-gpu", "train-dit/on-kubernetes-tpu"}
+    elsewhere = {f"train-dit/on-{pool}" for pool in pools.KUBERNETES_POOLS}
+    expected = by_name(deploy.plan(checkout)).keys() - elsewhere
     assert first.keys() == expected
     assert first["retrain/birds"]["schedules"] == [("0 3 * * *", True, "nightly")]
     assert first["train-dit/any"]["form"] >= {"preset", "set", "source", "force", "pool"}
@@ -186,8 +187,12 @@ def test_twice_is_once_and_what_went_is_removed_and_prefects_own_command_makes_t
     put(checkout, deploy.plan(checkout), said.append, ours=True, kubernetes=True)
     now = described()
     assert first.keys() - now.keys() == {"train-dit/digits", "retrain/birds"}
-    assert now.keys() - first.keys() == {"retrain/cats", "train-dit/on-kubernetes-gpu", "train-dit/on-kubernetes-tpu"}
+    assert now.keys() - first.keys() == {"retrain/cats", *elsewhere}
     assert "removed      retrain/birds: no longer in prefect.yaml" in said
+    assert now["train-dit/on-kubernetes-cpu"]["variables"] == {"hosts": "2"}
+    for pool in pools.KUBERNETES_POOLS:  # what a run that has prepared everything starts there
+        told = {"branch": "runs/xl2/0a1b2c3d", "force": ["train"], "anyway": True, "push": True}
+        assert placement.start(f"train-dit/on-{pool}", told).work_pool_name == pool
     assert not [name for one in now.values() for name in one["triggers"] if "birds" in name]
 
     # On another's server nothing of others is touched.
@@ -224,6 +229,7 @@ def described():
                     each.name: each.trigger.match.root
                     for each in client.read_resource_related_automations(f"prefect.deployment.{one.id}")
                 },
+                "variables": one.job_variables,
                 "enforced": one.enforce_parameter_schema,
             }
             for one in client.read_deployments(limit=200)

@@ -99,12 +99,11 @@ def test_a_run_works_in_a_worktree_and_its_result_is_adopted(run, toy):
     assert "max_steps: 2  # a comment to keep" in (toy / "params.yaml").read_text()
 
 
-def test_a_failed_stage_fails_the_run_with_its_last_lines_and_is_not_tried_again(run, toy):
+def test_a_refused_stage_fails_the_run_with_its_line_and_is_not_tried_again(run, toy):
     tell(toy, fail="train.lr must be positive")
     state, tasks, flow_run = run()
-    assert state.is_failed() and "train.lr must be positive" in state.message
-    assert list(tasks) == ["scan", "train"]
-    assert tasks["train"][0] == "Failed" and "last words of train.py" in tasks["train"][1]
+    assert state.is_failed() and state.message == "stage train: train.lr must be positive"
+    assert list(tasks) == ["scan", "train"] and tasks["train"] == ("Failed", "train.lr must be positive")
     assert (toy / "scratch" / "tries").read_text() == "1"
     assert worktrees.lock_at(toy, f"runs/digits/{str(flow_run.id)[:8]}")["stages"].keys() == {"scan"}  # not lost
 
@@ -162,6 +161,7 @@ def test_what_is_not_there_is_refused_before_anything_is_changed(run, toy, caplo
     assert state.is_failed() and state.message.startswith(message)
     assert contents(toy) == before
     assert "Finished in state Failed" in caplog.text and "Traceback" not in caplog.text
+    assert not worktrees.git(toy, "branch", "--list", "runs/*")  # with nothing on it
 
 
 def contents(root, own=("scratch/lock", ".dvc/tmp", ".git")):
@@ -224,7 +224,9 @@ def test_the_exit_code_tells_how_it_went(server, toy):
     assert "3 stages, 0 of them cached; dit adopt " in done.stdout + done.stderr
     tell(toy, fail="no luck")
     failing = [*command, "--force", "train"]
-    assert subprocess.run(failing, cwd=toy, env=environment, capture_output=True, timeout=200).returncode == 1
+    done = subprocess.run(failing, cwd=toy, env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (1, "train-dit: Failed: stage train: no luck\n")
+    assert "no luck" not in done.stderr and "last words of train.py" in done.stderr
     unknown = [*command[:-1], "smok"]
     done = subprocess.run(unknown, cwd=toy, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and done.stderr.startswith("train-dit: preset 'smok' does not exist")

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import re
+import shlex
 import uuid
 from pathlib import Path
 
@@ -175,6 +176,38 @@ def test_the_pool_that_walks_for_several_hosts_tells_the_flow_what_it_needs():
     count, settings = manifests.wanted(ROOT, env | {"POD_NAMESPACE": "ns"})
     assert (count, settings.image, settings.claim, settings.mount) == (4, "r/i:2", "dit-work", "/work")
     assert manifests.wanted(ROOT, parts(rendered("kubernetes-cpu"))[2]) is None
+
+
+def typed(readme):
+    """The runs that a README tells to start: deployment, parameters, job variables, as Prefect's command reads them."""
+    for line in re.findall(r"^prefect deployment run (.*)$", readme, flags=re.MULTILINE):
+        name, *options = shlex.split(line)
+        pairs = [(flag, *text.split("=", 1)) for flag, text in zip(options[::2], options[1::2], strict=True)]
+        told = {flag: {key: json.loads(text) for one, key, text in pairs if one == flag} for flag, _, _ in pairs}
+        assert set(told) <= {"-p", "--job-variable"}
+        yield name, told.get("-p", {}), told.get("--job-variable", {})
+
+
+@needs_kubernetes
+def test_what_the_readme_types_for_several_hosts_reaches_them():
+    from prefect.utilities.schema_tools import validate
+
+    from flows import deploy, manifests
+    from flows.train_dit import train_dit
+
+    plan = {f"{one['flow']}/{one['name']}": one for one in deploy.plan(ROOT)}
+    (direct, _, variables), (hop, parameters, none) = commands = list(typed((INFRA / "README.md").read_text()))
+    pool = parameters["pool"]
+    assert direct == f"train-dit/on-{pool}" and hop in plan and not none  # as placement.hand_over names what it starts
+    for name, given, _ in commands:
+        train_dit.validate_parameters({**plan[name]["parameters"], **given})
+        assert plan[name]["entrypoint"] == "flows/train_dit.py:train_dit"
+    handed_over = plan[direct]["work_pool"]
+    assert handed_over["name"] == pool
+    for values, hosts in ((handed_over["job_variables"], 2), ({**handed_over["job_variables"], **variables}, 4)):
+        validate(values, POOLS[pool]["variables"], raise_on_error=True)
+        _, _, env = parts(rendered(pool, **values))
+        assert manifests.wanted(ROOT, env | {"POD_NAMESPACE": "ns"})[0] == hosts
 
 
 def test_what_a_variable_cannot_be_is_refused_by_prefect():

@@ -15,7 +15,7 @@ import toy_pipeline
 from ports import free_port
 from toy_pipeline import processes_in, tell, train_started, until, with_code, words_of
 
-from flows import local, services
+from flows import services
 
 toy_template = toy_pipeline.toy_template
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -78,8 +78,9 @@ def checkout(toy_template, tmp_path_factory):
     shutil.copytree(toy_template, root, symlinks=True)
     source = (root / "train.py").read_text()
     saw = 'open(home + "/scratch/saw", "w").write(os.environ["MLFLOW_TRACKING_URI"] + " " + sys.executable)'
+    given = 'open(home + "/scratch/gpus", "w").write(os.environ["CUDA_VISIBLE_DEVICES"])'
     (root / "train.py").write_text(
-        source.replace("todo = ", f"if 'MLFLOW_TRACKING_URI' in os.environ:\n    {saw}\ntodo = ", 1)
+        source.replace("todo = ", f"if 'MLFLOW_TRACKING_URI' in os.environ:\n    {saw}\n    {given}\ntodo = ", 1)
     )
     it = Checkout(with_code(root), home)
     it.first_words = it.local("up")
@@ -212,16 +213,6 @@ def test_down_ends_a_flow_that_saves_and_up_takes_it_up_again(checkout):
     assert checkout.local("down") == "ended worker-local, mlflow, prefect\n"
 
 
-def test_each_gpu_that_is_given_gets_a_worker(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 2,GPU-8a1")
-    assert local.gpus() == ["0", "2", "GPU-8a1"]
-    for none in ("", "-1"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
-        assert local.gpus() == []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert len(local.gpus()) == len([file for file in Path("/dev").glob("nvidia[0-9]*")])
-
-
 def test_a_run_without_servers_starts_one_and_keeps_it_and_up_uses_it(checkout):
     tell(checkout.root)
     command = [sys.executable, "-m", "flows.train_dit", "--preset", "smoke", "--force", "scan"]
@@ -235,3 +226,34 @@ def test_a_run_without_servers_starts_one_and_keeps_it_and_up_uses_it(checkout):
     assert len(checkout.ask("deployments/filter", {})) == 21
     left_out = "left out     train-dit/on-kubernetes-gpu: the server has no work pool kubernetes-gpu"
     assert left_out in checkout.local("deploy")
+
+
+def test_a_server_that_a_flow_in_a_terminal_uses_is_not_ended(checkout):
+    tell(checkout.root, seconds=100)
+    command = [sys.executable, "-m", "flows.train_dit", "--preset", "smoke", "--force", "train"]
+    before = checkout.pids()
+    with subprocess.Popen(command, cwd=checkout.root, env=checkout.environment) as flow:
+        train_started(checkout.root, seconds=60)
+        said = checkout.local("down", code=1)
+        assert said.startswith(
+            f"dit: process {flow.pid} (-m flows.train_dit --preset smoke --force train) uses the server"
+        )
+        flow.send_signal(signal.SIGINT)
+        assert flow.wait(60) == 130
+    assert checkout.pids() == before
+    quiet(checkout)
+
+
+def test_gpus_are_shared_out_as_asked_and_a_run_has_its_workers(checkout):
+    tell(checkout.root)
+    checkout.local("down")
+    checkout.environment["CUDA_VISIBLE_DEVICES"] = "4,5,6,7"
+    said = checkout.local("up", "--gpus-per-run", "2")
+    assert "pool gpu     2 GPUs for each of 2 runs at a time" in said and "(no worker for pool gpu: " not in said
+    assert sorted(checkout.pids()) == ["mlflow", "prefect", "worker-gpu-4", "worker-gpu-6", "worker-local"]
+    again = checkout.local("up", "--gpus-per-run", "4", code=1)
+    assert again.startswith("dit: the workers that run have 2 GPUs for each of 2 runs at a time: `dit down` first")
+    run = checkout.deploy_run("train-dit/xl2", "--watch")  # begun on pool local, and done on pool gpu
+    assert checkout.state(run) == "Completed"
+    assert (checkout.root / "scratch" / "gpus").read_text() in ("4,5", "6,7")
+    assert "ended worker-gpu-4, worker-gpu-6, worker-local, mlflow, prefect\n" in checkout.local("down")

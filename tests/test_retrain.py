@@ -150,6 +150,15 @@ def test_new_images_are_trained_on_once(server, gallery):
 
 
 @pytest.mark.slow
+def test_a_refused_run_leaves_no_branch(server, gallery):
+    state = retrain(min_new_images=0)
+    assert state.is_failed() and state.message == "min_new_images must be at least 1, got 0"
+    state = retrain(pool="nosuch")  # once it is seen that there is something to train on
+    assert state.is_failed() and "no work pool 'nosuch'" in state.message
+    assert branches(gallery) == [] and nothing_is_left_over(gallery)
+
+
+@pytest.mark.slow
 def test_an_upload_in_progress_is_waited_for_and_is_one_generation(server, gallery, monkeypatch):
     assert retrain().is_completed()
     put(gallery, "cat/3")
@@ -273,9 +282,12 @@ def test_of_runs_that_wait_for_the_same_one_is_enough(server, gallery):
     [
         (["--preset", "nosuch"], "retrain: preset 'nosuch' does not exist"),
         (["--min-new-images", "many"], "usage: "),
+        (["--min-new-images", "-5"], "retrain: min_new_images must be at least 1, got -5"),
+        (["--set", "retrain.quiet_seconds=-5"], "retrain: retrain.quiet_seconds must not be negative, got -5"),
     ],
 )
-def test_bad_input_at_the_terminal_is_told_before_a_server_is_started(gallery, capsys, arguments, line):
+def test_bad_input_at_the_terminal_is_told_before_a_server_is_started(gallery, monkeypatch, capsys, arguments, line):
+    monkeypatch.setenv("PREFECT_PORT", "0")  # which would be told instead
     try:
         assert flow_file.main(arguments) == 1
     except SystemExit as error:

@@ -123,6 +123,30 @@ def test_a_variant_that_cannot_run_is_refused_before_any_runs(server, checkout):
     assert state.is_failed() and state.message.startswith("variants: there are none")
 
 
+def refused(root, capsys, *variants):
+    """What a study in a terminal says that is refused before a server is started."""
+    assert flow_file.main(["--preset", "digits", *variants]) == 1
+    assert not worktrees.git(root, "branch", "--list", "runs/*") and not (root / "scratch" / "local").exists()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    return told.removeprefix("study: ")
+
+
+def test_what_a_study_in_a_terminal_cannot_be_is_a_line_before_a_server_is_started(checkout, monkeypatch, capsys):
+    monkeypatch.setenv("PREFECT_PORT", "0")  # which would be told instead
+    assert refused(checkout, capsys).startswith("variants: there are none: give names and settings, ")
+    twice = ["--variant", "a", "--variant", "a", "train.seed=1"]
+    assert refused(checkout, capsys, *twice) == "--variant a: named more than once\n"
+    typo = refused(checkout, capsys, "--variant", "a", "model.hiden_size=3")
+    assert typo == "variant a: set: model.hiden_size: no such setting (did you mean model.hidden_size?)\n"
+
+
+@pytest.mark.slow
+def test_so_is_a_value(checkout, monkeypatch, capsys):
+    monkeypatch.setenv("PREFECT_PORT", "0")
+    assert refused(checkout, capsys, "--variant", "a", "train.lr=-1").startswith("variant a: train.lr must be above 0")
+
+
 @pytest.mark.slow
 def test_variants_run_on_workers_beside_each_other(server, checkout, tmp_path):
     from prefect.client.orchestration import get_client
