@@ -24,9 +24,10 @@ GOLDEN = Path(__file__).parent / "golden"
 # A shell that starts the tests in the background has SIGINT ignored, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No example is late because the machine had something else to do just then.
+# No example is late because the machine had something else to do just then. Continuous integration judges a change, and
+# tries the same examples each time; whoever runs the tests by hand looks for new ones.
 patience = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("patient", **patience)
+hypothesis.settings.register_profile("patient", **patience, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("patient")
 
 
