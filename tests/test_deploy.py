@@ -191,7 +191,7 @@ def test_twice_is_once_and_what_went_is_removed_and_prefects_own_command_makes_t
     assert "removed      retrain/birds: no longer in prefect.yaml" in said
     assert now["train-dit/on-kubernetes-cpu"]["variables"] == {"hosts": "2"}
     for pool in pools.KUBERNETES_POOLS:  # what a run that has prepared everything starts there
-        told = {"branch": "runs/xl2/0a1b2c3d", "force": ["train"], "anyway": True, "push": True}
+        told = {"branch": f"runs/xl2/{pool}", "force": ["train"], "anyway": True, "push": True}
         assert placement.start(f"train-dit/on-{pool}", told).work_pool_name == pool
     assert not [name for one in now.values() for name in one["triggers"] if "birds" in name]
 
