@@ -1,10 +1,12 @@
 """What orchestration costs: seeing that nothing changed, walking stages that have nothing to do, adding a few images.
 
-    python benchmarks/orchestrate.py [--count 100000] [--images 20000] [--rounds 3] [--only listing scan walk increment]
+    python benchmarks/orchestrate.py [--count 100000] [--images 100000] [--side 64] [--rounds 3]
+        [--only listing scan walk increment]
 
 listing, scan: 100,000 keys of a bucket (a local server that answers ListObjectsV2 with pages made beforehand, so that
 what is measured is ours), 100,000 unchanged files of a folder. walk: the flow beside `dvc repro`, alternately, in a
-clone of this repository in which nothing is to be done. increment: 1% of images more, beside all of them at first.
+clone of this repository in which nothing is to be done. increment: 1% of images more, beside all of them at first, with
+the autoencoder of the preset own-64.
 """
 
 import argparse
@@ -148,14 +150,15 @@ def walk_seconds(rounds: int) -> tuple[list[float], list[float], int]:
     return [a for a, _ in pairs], [b for _, b in pairs], len(STAGES)
 
 
-def increment_seconds(count: int) -> tuple[float, float]:
-    """Seconds that shard and encode work for `count` images at first, and when 1% more have come, the autoencoder kept."""
+def increment_seconds(count: int, side: int) -> tuple[float, float]:
+    """Seconds that shard and encode work for `count` images of side x side pixels at first, and when 1% more have come, the
+    autoencoder kept."""
     import numpy as np
     from PIL import Image
 
     def add(images: Path, numbers: range) -> None:
         for number in numbers:
-            pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(images / f"class{number % CLASSES}" / f"{number:07d}.png")
 
     def work(root: Path) -> float:
@@ -170,8 +173,8 @@ def increment_seconds(count: int) -> tuple[float, float]:
         for number in range(CLASSES):
             (images / f"class{number}").mkdir(parents=True)
         add(images, range(count))
-        data = {"name": "many", "source": str(images), "image_size": 32, "shard_images": 1000}
-        root = clone(Path(folder), preset="tests/micro.yaml", data=data)
+        data = {"name": "many", "source": str(images), "image_size": side, "shard_images": 1000, "num_classes": CLASSES}
+        root = clone(Path(folder), preset="presets/own-64.yaml", data=data)
         first = work(root)
         # As `retrain` does: fitted anew to the new images, another autoencoder would encode all of them anew.
         shutil.copytree(root / "artifacts" / "vae", Path(folder) / "vae")
@@ -183,7 +186,8 @@ def increment_seconds(count: int) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100_000, help="keys, and files")
-    parser.add_argument("--images", type=int, default=20_000, help="of the increment")
+    parser.add_argument("--images", type=int, default=100_000, help="of the increment")
+    parser.add_argument("--side", type=int, default=64, help="of each of them, in pixels")
     parser.add_argument("--rounds", type=int, default=3, help="of the walk")
     parts = ("listing", "scan", "walk", "increment")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
@@ -204,7 +208,8 @@ if __name__ == "__main__":
             flush=True,
         )
     if "increment" in asked.only:
-        cold, more = increment_seconds(asked.images)
+        cold, more = increment_seconds(asked.images, asked.side)
         print(
-            f"shard + encode of {asked.images} images: {cold:.1f} s; of 1% more: {more:.1f} s, {more / cold:.1%} (aim: 5%)"
+            f"shard + encode of {asked.images} images of {asked.side} pixels: {cold:.1f} s; of 1% more: {more:.1f} s, "
+            f"{more / cold:.1%} (aim: 5%)"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit.estimate import ASSUMED_MFU, device_named
 from dit.model import DiT
+from dit.runtime import device_name
 
 SECONDS, GAIN = 120.0, 0.2  # what compiling takes, and the share of a step's time that it then saves: both assumed
 COMPILERS = {
@@ -32,9 +33,8 @@ def worthwhile(device: torch.device, precision: str, work_ahead_flops: float) ->
 
 def rate(device: torch.device, precision: str) -> float:
     """Floating-point operations a second in training, assumed; of a device that the table lacks, an H100's."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "TPU v6e"
     try:
-        known = device_named(name)
+        known = device_named(device_name(device) or "")
     except ValueError:
         known = device_named("H100")
     return known.peak_flops * ASSUMED_MFU[precision]

@@ -24,6 +24,7 @@ from torch import Tensor
 from dit import parallel
 from dit.embeddings import Features
 from dit.latents import Statistics
+from dit.runtime import mark, pins
 from dit.vae import Autoencoder, batch_of, to_pixels
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ def encoded(
     batches: Iterator[Batch], autoencoder: Autoencoder, mirror: bool, features: Features | None
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Each batch with its tensors, on the CPU. A GPU works on one while the next is brought there."""
-    behind = 1 if autoencoder.network.device.type == "cuda" else 0
+    behind = 1 if pins(autoencoder.network.device) else 0
     under_way: deque[tuple[Batch, Callable[[], dict[str, Tensor]]]] = deque()
     for batch in batches:
         under_way.append((batch, _on_its_way(_moments(batch, autoencoder, mirror, features))))
@@ -118,15 +119,12 @@ def _moments(batch: Batch, autoencoder: Autoencoder, mirror: bool, features: Fea
 
 def _on_its_way(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """Begin to bring the tensors to the CPU; what is returned waits until they are there."""
-    on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-    here = {key: tensor.to("cpu", non_blocking=on_gpu) for key, tensor in tensors.items()}
-    if not on_gpu:
-        return lambda: here
-    copied = torch.cuda.Event()
-    copied.record()
+    device = next((tensor.device for tensor in tensors.values() if pins(tensor.device)), torch.device("cpu"))
+    here = {key: tensor.to("cpu", non_blocking=pins(device)) for key, tensor in tensors.items()}
+    copied = mark(device)
 
     def arrived() -> dict[str, Tensor]:
-        copied.synchronize()
+        copied()
         return here
 
     return arrived
@@ -229,7 +227,7 @@ def _decode(task: Task, last: bool, read: Future[list[dict[str, bytes]]], device
     except (KeyError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{task.source} is damaged ({error}): run the stage `shard`") from None
     pixels = to_pixels(stacked)
-    return Batch(task, last, keys, labels, stacked, pixels.pin_memory() if device.type == "cuda" else pixels)
+    return Batch(task, last, keys, labels, stacked, pixels.pin_memory() if pins(device) else pixels)
 
 
 @contextmanager

@@ -41,13 +41,13 @@ def look(wanted: str = "auto") -> Machine:
 
     import torch
 
-    from dit.runtime import main_memory, pick_device
+    from dit import runtime
 
-    device = pick_device(wanted)
-    if device.type == "cuda":
-        told = torch.cuda.get_device_properties(device)
-        return Machine("cuda", told.name, told.total_memory, None)
-    memory = main_memory()
+    device = runtime.pick_device(wanted)
+    own, name = runtime.memory_bytes(device), runtime.device_name(device)
+    if own:
+        return Machine(device.type, name or device.type, int(own), None)
+    memory = runtime.main_memory()
     torch.set_num_threads(1)
     a, best, end = torch.randn(256, 256), float("inf"), time.monotonic() + 0.2
     while time.monotonic() < end:
@@ -55,7 +55,7 @@ def look(wanted: str = "auto") -> Machine:
         a @ a
         best = min(best, time.monotonic() - started)
     if device.type != "cpu":  # its own speed is not known
-        return Machine(device.type, device.type, memory, None)
+        return Machine(device.type, name or device.type, memory, None)
     return Machine(device.type, f"one of {os.cpu_count()} CPU threads", memory, 2 * 256**3 / best)
 
 

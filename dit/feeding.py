@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
 from queue import Full, Queue
 from threading import Event, Thread
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit import runtime
 from dit.dataset import LatentDataset
 
 AHEAD = 2  # batches that wait for the device
@@ -40,7 +40,7 @@ class Feed(Iterator[dict[str, Tensor]]):
         self.data, self.part, self.device, self.wanted = data, part, torch.device(device), wanted
         self.waited = 0.0  # seconds that the loop spent here
         self._steps = iter(steps)
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copies = runtime.copy_stream(self.device)
         self._ready: Queue[Any] = Queue(AHEAD)
         self._ending = Event()
         self._thread: Thread | None = None
@@ -66,10 +66,7 @@ class Feed(Iterator[dict[str, Tensor]]):
             raise ready
         batch, arrived = ready
         if arrived is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(arrived)  # the device waits, the host does not
-            for tensor in batch.values():
-                tensor.record_stream(stream)
+            runtime.take_over([*batch.values()], arrived, self.device)
         return self._on_device(batch)
 
     def _gathered(self, step: int) -> dict[str, Tensor]:
@@ -84,7 +81,7 @@ class Feed(Iterator[dict[str, Tensor]]):
             for step in self._steps:
                 if self._ending.is_set():
                     return
-                with torch.cuda.stream(self._copies) if self._copies else nullcontext():  # beside the computation
+                with runtime.queued_on(self._copies):  # beside the computation
                     batch, arrived = self._gathered(step), None
                     if self._copies is not None:
                         batch, arrived = self._on_device(batch), self._copies.record_event()

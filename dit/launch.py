@@ -174,7 +174,9 @@ class Deadline:
 
 def _start(team: Team, patience: float) -> "subprocess.Popen[bytes]":
     """torchrun, which ends when this process is killed in whatever way (on Linux; elsewhere its ranks do)."""
-    _tell_tpu()
+    from dit.runtime import tell_tpu_hosts
+
+    tell_tpu_hosts()
     told = {
         **{LAUNCHED: team.id, LAUNCHER: str(os.getpid()), STARTED: str(_began)},
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(patience)),
@@ -196,14 +198,6 @@ def _start(team: Team, patience: float) -> "subprocess.Popen[bytes]":
         start_new_session=True,  # a Ctrl-C at the terminal is the launcher's to pass on
         preexec_fn=end_with_launcher if prctl else None,
     )
-
-
-def _tell_tpu() -> None:
-    """What the processes of a TPU host must know of each other, where torch_tpu is what works here."""
-    import torch
-
-    if "torch_tpu" in sys.modules and getattr(torch.accelerator.current_accelerator(), "type", "") == "tpu":
-        torch.tpu.distributed.set_tpu_launch_env()
 
 
 class _Ranks:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit.paths import file_sha256
+from dit.runtime import mark, pins
 
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
@@ -35,21 +36,17 @@ class Staging:
         From a CUDA device the copies are queued behind the work that is queued already, and the host goes on: what is
         queued after them may change the tensors.
         """
-        buffers, copies, cuda = {}, {}, None
+        buffers, copies, device = {}, {}, torch.device("cpu")
         for name, tensor in tensors.items():
             part = tensor.detach().to_local() if sharded(tensor) else tensor.detach()
-            pinned, buffer = part.is_cuda, self._buffers.get(name)
+            pinned, buffer = pins(part.device), self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (part.shape, part.dtype):
                 buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned)
             buffers[name] = buffer.copy_(part, non_blocking=pinned)
             copies[name] = self._like(tensor, buffer) if sharded(tensor) else buffer
-            cuda = part.device if pinned else cuda
+            device = part.device if pinned else device
         self._buffers = buffers
-        if cuda is None:
-            return copies, lambda: None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(cuda))
-        return copies, event.synchronize
+        return copies, mark(device)
 
     def _like(self, tensor: Any, part: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor

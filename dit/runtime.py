@@ -1,9 +1,13 @@
-"""What the machine is: device, precision, threads. Settings that change no weights live here, in `run`."""
+"""What the machine is: device, precision, threads, and all that accelerators differ in. Settings that change no weights
+live here, in `run`."""
 
 import math
 import os
 import re
-from contextlib import AbstractContextManager, suppress
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +15,8 @@ from typing import Literal
 import torch
 
 from dit.parallel import local_rank, local_size
+
+TPUS = {"v3": "TPU v3", "v4": "TPU v4", "v5litepod": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}  # by Google's types
 
 NOT_NEGATIVE = (
     *("num_threads", "device_batch_size", "preview_every_steps", "score_every_steps", "processes", "restarts"),
@@ -122,3 +128,73 @@ def main_memory() -> int:
         with suppress(OSError, ValueError):  # no container, or "max"
             told.append(int((CGROUP / name).read_text()))
     return min(told)
+
+
+def device_name(device: torch.device) -> str | None:
+    """What its maker calls the device; None of a CPU, and where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "tpu":  # TPU_ACCELERATOR_TYPE: "v6e-8", set on each TPU host
+        return TPUS.get(os.environ.get("TPU_ACCELERATOR_TYPE", "").partition("-")[0])
+    return None
+
+
+def memory_bytes(device: torch.device) -> float | None:
+    """All the memory that a device has of its own; None of a CPU or Apple's, and where nothing tells."""
+    if device.type in ("cpu", "mps"):
+        return None
+    try:
+        return torch.accelerator.get_memory_info(device)[1]
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def held_bytes(device: torch.device) -> float:
+    """The most memory that this process has held: its device's, or on a CPU its own."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    try:  # on Linux ru_maxrss begins with the size of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pins(device: torch.device) -> bool:
+    """Whether copies between pinned memory and the device go on beside the computation."""
+    return device.type == "cuda"
+
+
+def copy_stream(device: torch.device) -> torch.Stream | None:
+    """A queue of the device's own for copies; None where there is no such thing."""
+    return torch.cuda.Stream(device) if pins(device) else None
+
+
+def queued_on(stream: torch.Stream | None) -> AbstractContextManager:
+    """What is begun within is queued there, if it is a queue."""
+    return torch.cuda.stream(stream) if stream else nullcontext()
+
+
+def take_over(tensors: list[torch.Tensor], arrived: torch.Event, device: torch.device) -> None:
+    """Have what the device does next wait for tensors that another queue has made: the device waits, the host does not."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(arrived)
+    for tensor in tensors:
+        tensor.record_stream(stream)
+
+
+def mark(device: torch.device) -> Callable[[], None]:
+    """What is returned waits until the device has done all that is queued now."""
+    if not pins(device):
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
+
+
+def tell_tpu_hosts() -> None:
+    """Set what the processes of a TPU host must know of each other, where torch_tpu is what works here."""
+    if "torch_tpu" in sys.modules and getattr(torch.accelerator.current_accelerator(), "type", "") == "tpu":
+        torch.tpu.distributed.set_tpu_launch_env()

@@ -1,13 +1,11 @@
 """How fast a training goes, by what its work and its device promise. No result depends on it."""
 
-import resource
-import sys
 import time
-from pathlib import Path
 
 import torch
 
 from dit.model import DiT
+from dit.runtime import device_name, held_bytes
 
 
 class Speed:
@@ -60,22 +58,7 @@ def peak_flops(device: torch.device) -> float | None:
             return threads * look("cpu").flops
         finally:
             torch.set_num_threads(threads)  # `look` takes one
-    if device.type != "cuda":
-        return None
     try:
-        return device_named(torch.cuda.get_device_name(device)).peak_flops
+        return device_named(device_name(device) or "").peak_flops
     except ValueError:
         return None
-
-
-def held_bytes(device: torch.device) -> float:
-    """The most memory that this process has held: its device's, or on a CPU its own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    try:  # on Linux ru_maxrss begins with the size of the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

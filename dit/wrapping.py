@@ -22,7 +22,7 @@ from dit.estimate import Parallel, parallel_kind, training_memory
 from dit.model import DiT
 from dit.objective import ObjectiveConfig, loss_of
 from dit.parallel import World, device_group
-from dit.runtime import RunConfig
+from dit.runtime import RunConfig, memory_bytes
 from dit.training import TrainConfig
 
 
@@ -112,11 +112,6 @@ def kind(network: DiT, train: TrainConfig, run: RunConfig, world: World, memory:
     held = {"batch_size": min(run.device_batch_size or share, share), "averages": 1 + len(train.power_ema)}
     held |= {"num_classes": network.num_classes, "precision": train.precision, **_shape(network)}
     return parallel_kind(run.parallel, world.size, memory, lambda: training_memory(network.config, **held))
-
-
-def memory_bytes(device: torch.device) -> float | None:
-    """Of a device; None where processes share one memory, or nothing tells."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _shard(losses: Losses, precision: str, device: torch.device) -> None:

@@ -60,6 +60,7 @@ def run_on_hosts(
                 return ours.to_its_end()
             except BaseException:
                 ours.end()
+                ours.finish_log(5.0)  # the last that was said while it saved
                 raise
     except ValueError as error:
         return "failed", str(error)
@@ -174,11 +175,11 @@ class _Job:
 
     def _conclude(self, ended: Mapping[str, Any]) -> tuple[pods.Status, str]:
         complete = ended["type"] == "Complete"
-        self._finish_log(10.0 if complete else 2.0)
+        self.finish_log(10.0 if complete else 2.0)
         if not complete:
             self._say_what_the_first_to_fail_said()
         self.end()
-        self._finish_log(5.0)
+        self.finish_log(5.0)
         if not complete:
             return pods.verdict(ended, self.pods.values(), self._said())
         deadline = time.monotonic() + VISIBLE_SECONDS
@@ -204,7 +205,7 @@ class _Job:
             return {}
         return said if isinstance(said, dict) else {}
 
-    def _finish_log(self, seconds: float) -> None:
+    def finish_log(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while self.log and not self.log.done() and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -14,13 +14,20 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 
+import hypothesis
 import pytest
+from ports import free_port
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 # A shell that starts the tests in the background has SIGINT ignored, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No example is late because the machine had something else to do just then.
+patience = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("patient", **patience)
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items):
@@ -52,6 +59,7 @@ def server(migrated):
         shutil.copy(migrated, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utilities, "mkdtemp", lambda: str(folder))
+        patch.setattr(utilities, "_find_available_port", free_port, raising=False)
         with utilities.prefect_test_harness(server_startup_timeout=120):
             if not migrated.exists():
                 with contextlib.closing(sqlite3.connect(folder / migrated.name)) as database:

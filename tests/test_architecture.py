@@ -109,6 +109,19 @@ def test_each_service_has_one_door(service):
     assert users == DOORS[service], f"{service} is imported in {users}"
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps", "tpu", "xpu"])
+def test_what_accelerators_differ_in_is_on_one_page(kind):
+    """torch.cuda and its like: another kind of device is then a matter of dit/runtime.py."""
+    users = {
+        room(file)
+        for file in files()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if (node.value.id, node.attr) == ("torch", kind)
+    }
+    assert users <= {"runtime"}, f"torch.{kind} is used in {users}"
+
+
 def test_mathematics_needs_torch_alone():
     standard = {"math", "dataclasses", "collections", "typing", "functools"}
     for name in FLOORS[0].split():

@@ -8,12 +8,12 @@ import time
 import uuid
 
 import pytest
+from ports import free_port
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.schemas.events import Event
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Completed, Crashed, Failed, Running
-from test_services import free_port
 from toy_pipeline import REPOSITORY, until
 
 from flows import automations, events, servers, services
@@ -163,10 +163,10 @@ def test_a_dead_run_crashes_and_starts_again_and_no_other_does(client):
     hopeless = client.create_flow_run_from_deployment(client.read_flow_run(dead).deployment_id).id
     client.set_flow_run_state(hopeless, Crashed())  # before it had begun
 
-    until(lambda: client.read_flow_run(dead).state.name == "AwaitingRetry", 60)
+    until(lambda: client.read_flow_run(dead).state.name == "AwaitingRetry")
     states = [state.type.value for state in client.read_flow_run_states(dead)]
     assert states[-3:] == ["RUNNING", "CRASHED", "SCHEDULED"]
-    until(lambda: client.read_flow_run(local).state.name == "Crashed", 20)  # no worker could start it again
+    until(lambda: client.read_flow_run(local).state.name == "Crashed")  # no worker could start it again
     assert client.read_flow_run(ended).state.name == "NothingNew"
     assert client.read_flow_run(odd).state.name == "Odd"
     assert client.read_flow_run(theirs).state.name == "Running"
@@ -202,11 +202,17 @@ def test_people_are_told_through_the_block_and_not_without_it(client, told):
     client.set_flow_run_state(failed, Failed(message="train.lr must be above 0"))
     client.set_flow_run_state(a_run(client, flow="theirs"), Failed(message="not ours"))
     events.send(events.MODEL_CHAMPION, events.model("dit-birds"), {"version": 3, "metric": "fid", "value": 7.5})
-    events.send(events.RUN_PROGRESS, events.run("idle"))
-    time.sleep(0.5)  # the server takes events that come together in any order
+    for run in ("idle", "stalled"):
+        events.send(events.RUN_PROGRESS, events.run(run))
+    time.sleep(3)  # the server takes events that come together in any order; it waits for the stalled one meanwhile
     events.send(events.RUN_IDLE, events.run("idle"))
-    events.send(events.RUN_PROGRESS, events.run("stalled"))
-    until(lambda: {"a run stalls", "nothing new of birds"} <= {one["subject"] for one in got}, 60)
+    expected = {
+        "a run stalls",
+        "nothing new of birds",
+        f"train-dit {name}: Failed",
+        "new champion: dit-birds version 3",
+    }
+    until(lambda: expected <= {one["subject"] for one in got})
     subjects = {one["subject"]: one["body"] for one in got}
     assert "train.lr must be above 0" in subjects[f"train-dit {name}: Failed"]
     assert subjects["new champion: dit-birds version 3"] == "fid 7.5"

@@ -10,7 +10,7 @@ import pytest
 import toy_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_pipeline import REPOSITORY, processes_in, tell, train_started, until
+from toy_pipeline import REPOSITORY, processes_in, tell, train_started, until, words_of
 
 from dit import locks
 from flows import dag
@@ -118,20 +118,21 @@ def test_a_stage_that_was_interrupted_from_outside_is_no_success(scanned):
 
 def test_an_interruption_lets_the_stage_save_and_leaves_no_process(scanned):
     tell(scanned, seconds=60, child=True)
-    lines = []
+    lines, asked = [], []
 
     def stop_when_it_trains(line):
         lines.append(line)
         if line.startswith("training with"):
             train_started(scanned)
             assert len(processes_in(scanned)) >= 4  # leash, DVC, stage and the child in a session of its own
+            asked.append(time.monotonic())
             raise KeyboardInterrupt
 
-    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         dag.run_stage("train", scanned, stop_when_it_trains)
     assert not processes_in(scanned)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - asked[0] < 15
+    assert not [line for line in lines if "still run" in line], "one signal was enough"
     said = "\n".join(lines)  # DVC and its stage write to one pipe: a word of DVC's may stand before one of the stage's
     assert 0 <= said.find("saving") < said.find("saved"), said
 
@@ -142,18 +143,24 @@ def test_a_walker_that_is_ended_takes_everything_with_it(scanned, number):
     walker = start_walker(scanned)
     walker.send_signal(number)
     walker.communicate()
-    until(lambda: not processes_in(scanned), seconds=8)
+    until(lambda: not processes_in(scanned), seconds=17)  # before the second signal
     assert (scanned / "scratch" / "saved").exists()
     assert (scanned / ".dvc" / "tmp" / "rwlock").read_text() == "{}"  # nothing that blocks the next run
 
 
 def test_the_next_run_waits_for_a_stage_that_still_saves(scanned):
-    tell(scanned, seconds=60, save_seconds=2)
+    tell(scanned, seconds=60)
+    hold, said = scanned / "scratch" / "hold", []
+    hold.touch()
+
+    def say(line):
+        said.append(line)
+        hold.unlink(missing_ok=True)
+
     walker = start_walker(scanned)
     walker.kill()
     walker.communicate()
-    said = []
-    with locks.held(scanned / "scratch" / "lock" / "flow", said.append, "the second"):
+    with locks.held(scanned / "scratch" / "lock" / "flow", say, "the second"):
         assert (scanned / "scratch" / "saved").exists()
         assert f"the first walker (process {walker.pid}" in said[0]
     tell(scanned)
@@ -163,7 +170,7 @@ def test_the_next_run_waits_for_a_stage_that_still_saves(scanned):
 def test_a_stage_whose_dvc_is_killed_does_not_run_on(scanned):
     tell(scanned, seconds=60)
     walker = start_walker(scanned)
-    dvc = next(process for process in processes_in(scanned) if "dvc" in process.cmdline()[:3])
+    dvc = next(process for process in processes_in(scanned) if "dvc" in words_of(process)[:3])
     dvc.kill()
     said, _ = walker.communicate(timeout=60)
     assert said.decode().splitlines()[-1] == "interrupted" and (scanned / "scratch" / "saved").exists()

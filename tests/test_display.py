@@ -59,7 +59,7 @@ def lost_server(request):
         listener.bind(("127.0.0.1", 0))
         if request.param == "mute":
             listener.listen()
-            listener.settimeout(3.0)
+            listener.settimeout(60.0)
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{listener.getsockname()[1]}/api"}):
             yield listener, request.param
 
@@ -71,9 +71,11 @@ def work(environment, seconds=0.0):
 
 
 @pytest.mark.slow
-def test_one_artifact_a_run_follows_its_stages_and_a_page_closes_it(quick, tmp_path):
+def test_one_artifact_a_run_follows_its_stages_and_a_page_closes_it(quick, tmp_path, monkeypatch):
     from prefect.testing.utilities import prefect_test_harness
 
+    for name in ("LEAVE_SECONDS", "ANSWER_SECONDS"):  # the last update is one of those that are looked at
+        monkeypatch.setattr(display, name, 60.0)
     with prefect_test_harness(server_startup_timeout=120):
         seen, said = [], []
 
@@ -104,7 +106,7 @@ def test_one_artifact_a_run_follows_its_stages_and_a_page_closes_it(quick, tmp_p
         assert (key, kind, percent) == ("progress", "progress", 100.0)  # the end was told too
         assert text.startswith("**train** ▰▰▰▰▰▰▰▰▰▰ 100%, done in ") and text.endswith("400 of 400 images (step 4/4)")
         assert said == []
-        (*_, last) = until(lambda: told_of(run, 3), seconds=30)  # each stage told once: none took a minute
+        (*_, last) = until(lambda: told_of(run, 3))  # each stage told once: none took a minute
         assert last["what"] == "train" and last["total"] == 400
 
 
@@ -122,7 +124,9 @@ def told_of(run, count):
     return [one["payload"] for one in sent] if len(sent) == count else None
 
 
-def test_a_lost_server_costs_a_moment_and_one_line(quick, as_a_run, lost_server, tmp_path):
+def test_a_lost_server_costs_a_moment_and_one_line(quick, as_a_run, lost_server, tmp_path, monkeypatch):
+    assert display.LEAVE_SECONDS + 2 < display.ANSWER_SECONDS
+    monkeypatch.setattr(display, "ANSWER_SECONDS", 60.0)
     said = []
     with display.following(tmp_path, said.append) as environment:
         Path(environment["DIT_PROGRESS"]).write_text(json.dumps(TOLD))
@@ -131,20 +135,21 @@ def test_a_lost_server_costs_a_moment_and_one_line(quick, as_a_run, lost_server,
         else:
             question, _ = lost_server[0].accept()  # kept open: no answer comes
         began = time.monotonic()
-    assert time.monotonic() - began < display.LEAVE_SECONDS + 2 < display.ANSWER_SECONDS
+    assert time.monotonic() - began < display.LEAVE_SECONDS + 20 < display.ANSWER_SECONDS
     assert len(said) == (lost_server[1] == "dead") and all("is not shown in Prefect" in line for line in said)
 
 
 def test_nothing_to_show_asks_no_server_and_costs_no_time(as_a_run, lost_server, tmp_path, monkeypatch):
-    monkeypatch.setattr(display, "LEAVE_SECONDS", 10.0)
+    monkeypatch.setattr(display, "LEAVE_SECONDS", 60.0)  # what is asked of a dead server is said by then
     said, (listener, kind) = [], lost_server
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "progress.json").write_text(json.dumps(TOLD))  # an earlier stage's
     began = time.monotonic()
     with display.following(tmp_path, said.append):
         pass
-    assert time.monotonic() - began < 1.4 and said == []
+    assert time.monotonic() - began < 20 and said == []
     if kind == "mute":
+        listener.settimeout(3.0)
         with pytest.raises(TimeoutError):
             listener.accept()
 
@@ -172,7 +177,7 @@ def test_a_page_that_no_server_takes_is_one_line(as_a_run, lost_server, monkeypa
     monkeypatch.setattr(display, "ANSWER_SECONDS", 0.3)
     said, began = [], time.monotonic()
     display.show_page("train-dit", "# a page", "pictures", said.append)
-    assert time.monotonic() - began < 10  # Prefect's own patience is a minute
+    assert time.monotonic() - began < 30  # Prefect's own patience is a minute
     assert len(said) == 1 and said[0].startswith("the page 'train-dit' is not shown in Prefect (")
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ports import free_port
 from tiny_model import SIZE, write_model
 
 from dit.checkpoint import Checkpoint, load_checkpoint, load_tensors
@@ -172,9 +172,7 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_where_one_of_them_died(p
     outcome, folder = tmp_path / "scratch" / "outcome" / "encode.json", tmp_path / "artifacts" / "encode"
     says = []
     for grief in ("1", ""):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         spread = os.environ | where | {"WORLD_SIZE": "2", "GRIEF": grief, "PYTHONPATH": str(ROOT)}
         processes = [
             subprocess.Popen(
@@ -186,7 +184,7 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_where_one_of_them_died(p
             )
             for rank in "01"
         ]
-        says.append([process.communicate(timeout=120)[0] for process in processes])
+        says.append([process.communicate(timeout=200)[0] for process in processes])
         if grief:
             assert processes[1].returncode == -9 and not folder.exists()
             assert json.loads(outcome.read_text())["status"] == "interrupted", says

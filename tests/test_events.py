@@ -44,7 +44,7 @@ def test_notify_reaches_the_server_and_says_what_will_come_of_it(server, checkou
     assert (
         said == "sent: nobody changed; nothing will come of it: there is no deployment retrain/nobody (`dit deploy`)\n"
     )
-    until(lambda: received("dit.data.changed", "dit.dataset.nobody") == [{}], 30)
+    until(lambda: received("dit.data.changed", "dit.dataset.nobody") == [{}])
 
 
 def test_the_probe_tells_once_of_each_change(server, checkout, capsys):
@@ -62,7 +62,7 @@ def test_the_probe_tells_once_of_each_change(server, checkout, capsys):
     assert asked() == "sent: photos changed, 3 files"
     (checkout / "images" / "dog" / "2.png").unlink()
     assert asked() == "sent: photos changed, 2 files"
-    until(lambda: [told["files"] for told in received("dit.data.changed", "dit.dataset.photos")] == [2, 3, 3, 2], 30)
+    until(lambda: [told["files"] for told in received("dit.data.changed", "dit.dataset.photos")] == [2, 3, 3, 2])
 
 
 def test_what_nobody_heard_is_told_again(server, checkout, monkeypatch):
@@ -136,5 +136,5 @@ def test_a_champion_is_told_of_once(server, tmp_path):
     assert not events.tell_champion(paths)
     write_json(file, {**model, "version": 3, "champion_version": 1, "champion_value": 7.5, "value": 7.0})
     assert events.tell_champion(paths) and not events.tell_champion(paths)
-    told = until(lambda: (found := received("dit.model.champion", "dit.model.dit-photos"))[1:] and found, 30)
+    told = until(lambda: (found := received("dit.model.champion", "dit.model.dit-photos"))[1:] and found)
     assert [(one["version"], one["before"], one["value"]) for one in told] == [(1, None, 7.5), (3, 1, 7.0)]

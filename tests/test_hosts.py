@@ -15,6 +15,7 @@ pytest.importorskip("kubernetes_asyncio", reason="needs prefect-kubernetes: pip 
 pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate, of the dev extra")
 
 import toy_cluster  # noqa: E402
+from ports import free_port  # noqa: E402
 
 from flows import cluster, hosts, manifests, pods  # noqa: E402
 from flows.hosts import HostSettings, run_on_hosts  # noqa: E402
@@ -37,7 +38,10 @@ def save(number, frame):
     open(f"scratch/saved-{rank}", "w").close()
     tell("interrupted", 75, "interrupted by SIGTERM", retry=True)
 signal.signal(signal.SIGTERM, save)
-open(f"scratch/pid-{rank}", "w").write(str(os.getpid()))
+open(f"scratch/pid-{rank}.new", "w").write(str(os.getpid()))
+os.rename(f"scratch/pid-{rank}.new", f"scratch/pid-{rank}")
+while not all(os.path.exists(f"scratch/pid-{other}") for other in range(int(os.environ.get("WORLD_SIZE", "1")))):
+    time.sleep(0.01)  # as torchrun's meet: none ends before all of them can be told to save
 print("begin", flush=True)
 for step in range(todo.get("steps", 3)):
     time.sleep(0.05)
@@ -52,7 +56,7 @@ tell("completed", 0)
 TORCHRUN = """#!{python}
 import os, sys
 words = sys.argv[1:]
-os.environ["RANK"] = words[words.index("--node-rank") + 1]
+os.environ |= {{"RANK": words[words.index("--node-rank") + 1], "WORLD_SIZE": words[words.index("--nnodes") + 1]}}
 os.execv(sys.executable, [sys.executable, *words[words.index("-m"):]])
 """
 
@@ -108,7 +112,7 @@ def go(root, stage="sample", count=2, lines=None, environment=(), **more):
     return *result, said
 
 
-def until(ready, seconds=20):
+def until(ready, seconds=60):
     deadline = time.monotonic() + seconds
     while not (value := ready()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -184,7 +188,8 @@ def test_another_hosts_last_words_are_passed_on(toy, root):
 
 def test_a_host_that_is_taken_away_loses_the_job_and_the_others_save(toy, root):
     todo(root, forever=True)
-    taker = threading.Thread(target=lambda: (until((root / "scratch" / "pid-1").exists), toy.take_away(1)))
+    both = [root / "scratch" / f"pid-{rank}" for rank in (0, 1)]
+    taker = threading.Thread(target=lambda: (until(lambda: all(f.exists() for f in both)), toy.take_away(1)))
     taker.start()
     status, message, _ = go(root)
     taker.join()
@@ -206,12 +211,9 @@ def test_an_exception_ends_the_job_and_waits_until_all_have_saved(toy, root):
 
     before = signal.signal(signal.SIGUSR1, cancel)
     main = os.getpid()
-    both = [root / "scratch" / f"pid-{rank}" for rank in (0, 1)]
-    canceller = threading.Thread(
-        target=lambda: (until(lambda: all(f.exists() for f in both)), time.sleep(0.2), os.kill(main, signal.SIGUSR1))
-    )
+    lines = []  # "begin": both run, and what the main process says is heard
+    canceller = threading.Thread(target=lambda: (until(lambda: "begin" in lines), os.kill(main, signal.SIGUSR1)))
     canceller.start()
-    lines = []
     try:
         with pytest.raises(Cancelled):
             go(root, lines=lines)
@@ -278,7 +280,7 @@ def test_a_killed_coordinators_job_is_watched_on_and_not_started_twice(toy, root
     assert not job["metadata"].get("deletionTimestamp")
     for pod in toy.pods.values():
         pod.stop()
-    second.join(20)
+    second.join(60)
     assert lines[0][:2] == ("interrupted", "interrupted by SIGTERM")
     assert pids == [(root / "scratch" / f"pid-{rank}").read_text() for rank in (0, 1)] and alone(toy, root)
     assert len([body for body in toy.made if body["kind"] == "Job"]) == 1
@@ -309,21 +311,18 @@ def test_another_runs_job_is_left_alone(toy, root):
 
 
 def test_what_is_waited_for_is_said_once(toy, root):
-    toy.full = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
+    toy.full, lines = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu.", []
+    line = f"0 of 2 host(s) run; host 0: {toy.full}"
 
     def free():
-        time.sleep(1)
+        until(lambda: line in lines)
+        asked = len(toy.seen)
+        until(lambda: len(toy.seen) > asked + 20)  # it looked again, ten times
         toy.full = ""
 
     threading.Thread(target=free).start()
-    status, _, lines = go(root)
-    assert status == "ran"
-    assert (
-        lines.count(
-            f"0 of 2 host(s) run; host 0: {toy.full or '0/4 nodes are available: 4 Insufficient nvidia.com/gpu.'}"
-        )
-        == 1
-    )
+    assert go(root, lines=lines)[0] == "ran"
+    assert lines.count(line) == 1
 
 
 def test_an_image_that_cannot_be_pulled_fails_in_the_end(toy, root, monkeypatch):
@@ -335,17 +334,20 @@ def test_an_image_that_cannot_be_pulled_fails_in_the_end(toy, root, monkeypatch)
 
 def test_an_api_that_fails_for_a_while_ends_nothing(toy, root):
     todo(root, steps=40)
-    toy.break_logs = 2
+    toy.break_logs, lines = 2, []
+
+    def complained():
+        return any("Kubernetes answers 503" in line for line in lines)
 
     def fail():
         until((root / "scratch" / "pid-1").exists)
         toy.down = True
-        time.sleep(0.5)
+        until(complained)
         toy.down = False
 
     threading.Thread(target=fail).start()
-    status, _, lines = go(root)
-    assert status == "ran" and any("Kubernetes answers 503" in line for line in lines)
+    status, _, lines = go(root, lines=lines)
+    assert status == "ran" and complained()
     steps = [line for line in lines if line.startswith("step")]
     assert steps == [f"step {number}" for number in range(40)]  # though the log broke twice: each line once
 
@@ -481,14 +483,6 @@ def test_torchrun_itself_joins_two_hosts(toy, root):
     status, message, lines = go(root, environment={"OMP_NUM_THREADS": "1"}, processes=1, port=free_port())
     assert (status, message) == ("ran", ""), lines
     assert (root / "scratch" / "sum").read_text() == "3"
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 JOINED = """

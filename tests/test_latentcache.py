@@ -71,7 +71,7 @@ def kept(here):
     return {file.stem for file in (here.parent / "cache").glob("*.safetensors")}
 
 
-def until(true, seconds=10):
+def until(true, seconds=60):
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.01)

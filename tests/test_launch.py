@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from dit import launch, team
 from dit.runtime import RunConfig
@@ -32,7 +32,8 @@ def toy(run: RunConfig, *, paths: Paths) -> None:
     group = parallel.device_group(device)
     told = {"pid": os.getpid(), "torchrun": os.getppid(), "device": str(device), "tpu": os.environ.get("TPU_CHIPS")}
     told |= {"devices": sorted(d.type for d in group._device_types), "torch_tpu": "torch_tpu" in sys.modules}
-    (paths.root / f"rank-{us.rank}{'-again' * again}").write_text(json.dumps(told | {"size": us.size}))
+    (paths.root / f"new-{us.rank}").write_text(json.dumps(told | {"size": us.size}))
+    (paths.root / f"new-{us.rank}").rename(paths.root / f"rank-{us.rank}{'-again' * again}")  # whole, once it is there
     if us.rank == 1 and not again and what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if us.rank == 1 and what == "bug":
@@ -42,6 +43,7 @@ def toy(run: RunConfig, *, paths: Paths) -> None:
     if what == "step":
         with entry.deferred_interrupts(run) as stop:
             agreement = parallel.Agreement()
+            us.barrier()  # whoever hears of it may signal all of them: none is still on its way here
             print("stepping", flush=True)
             while not agreement.ask(stop()):
                 time.sleep(0.02)
@@ -96,20 +98,17 @@ def rank(folder, number, again=""):
 
 
 def gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
-def until(ready, seconds=40):
+def until(ready, seconds=120):
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_one_command_starts_the_processes_and_a_signal_lets_all_of_them_save(toy):
@@ -118,7 +117,7 @@ def test_one_command_starts_the_processes_and_a_signal_lets_all_of_them_save(toy
     assert process.stdout.readline() == "stepping\n"
     until(lambda: all((folder / f"rank-{number}").exists() for number in (0, 1)))
     process.send_signal(signal.SIGUSR1)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
     message = "stopped at step 3: the same command goes on where this one stopped"
     assert (process.returncode, outcome(folder)) == (75, ("interrupted", message, True)), stderr
     assert stderr == f"toy: {message}\n"
@@ -132,7 +131,7 @@ def test_one_command_starts_the_processes_and_a_signal_lets_all_of_them_save(toy
 def test_what_cannot_be_is_refused_in_one_line_before_anything_is_started(toy):
     folder, start = toy
     process = start(MASTER_ADDR="localhost", NNODES="2")
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
     line = "NODE_RANK must be a whole number where there are several hosts, got ''"
     assert (process.returncode, stderr, outcome(folder)) == (2, f"toy: {line}\n", ("refused", line, False))
 
@@ -148,7 +147,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_started(toy):
 )
 def test_all_are_started_again_where_another_try_may_mend_it(toy, what, code, told):
     folder, start = toy
-    _, stderr = (process := start(what)).communicate(timeout=120)
+    _, stderr = (process := start(what)).communicate(timeout=200)
     assert (process.returncode, outcome(folder)) == (code, told), stderr
     assert stderr.endswith(f"toy: {told[1]}\n") or not code
     assert (folder / "rank-0-again").exists() == (folder / "artifacts" / "toy").exists() == (what == "killed")
@@ -164,7 +163,7 @@ def test_none_outlives_another_and_the_ranks_save(toy, victim):
     assert process.stdout.readline() == "stepping\n"
     pids = [rank(folder, 0)["pid"], rank(folder, 1)["pid"], rank(folder, 0)["torchrun"]]
     os.kill({"launcher": process.pid, "torchrun": pids[2]}[victim], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     until(lambda: all(gone(pid) for pid in pids))
     assert [(folder / f"saved-{number}").exists() for number in (0, 1)] == [True, True]
     if victim == "torchrun":
@@ -181,7 +180,7 @@ def test_two_hosts_are_one_team_and_the_fake_tpu_runtime_is_told(toy):
     (folder / "params.yaml").write_text("run: {device: tpu, restarts: 1}\n")
     where = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port()), "PET_NNODES": "2"}
     both = [start(**where, PET_NODE_RANK=str(host), PYTHONPATH=f"{folder}:{ROOT}") for host in (1, 0)]
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert outcome(folder) == ("completed", "", False) and (folder / "artifacts" / "toy" / "done").read_text() == "4"
     told = [rank(folder, number) for number in range(4)]

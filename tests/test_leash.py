@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -16,7 +15,7 @@ from flows.leash import escalation, save_seconds
 
 LEASH = [sys.executable, "-P", str(REPOSITORY / "flows" / "leash.py")]
 SLEEP = "import time; time.sleep(1000)"
-# Ignores what can be ignored, and starts a child in a session of its own that does the same.
+# Ignores what can be ignored, and starts a child in a session of its own that does the same, by inheritance.
 DEAF = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -34,18 +33,21 @@ def leashed(*command, **options):
 
 
 def gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_output_and_exit_code_pass_through():
     leash = leashed("sh", "-c", "echo out; echo err >&2; exit 7")
     assert leash.stdout.read() == b"out\nerr\n"
-    assert leash.wait(timeout=30) == 7
+    assert leash.wait(timeout=120) == 7
 
 
 def test_a_signal_is_told_as_a_shell_does():
     leash = leashed("sh", "-c", "kill -9 $$")
-    leash.wait(timeout=30)
+    leash.wait(timeout=120)
     assert leash.returncode == 128 + signal.SIGKILL
 
 
@@ -59,7 +61,7 @@ def test_a_process_that_hid_itself_is_ended_after_a_success():
     leash = leashed("sh", "-c", f'{sys.executable} -c "{SLEEP}" & echo $!; exit 0', stderr=subprocess.DEVNULL)
     hidden = int(leash.stdout.readline())
     said = leash.stdout.read().decode()
-    assert leash.wait(timeout=30) == 0
+    assert leash.wait(timeout=120) == 0
     assert gone(hidden) and f"left behind: [{hidden}]" in said
 
 
@@ -68,13 +70,12 @@ def test_what_ignores_signals_is_killed(tmp_path):
     deaf.write_text(DEAF)
     leash = leashed(sys.executable, str(deaf), env={**os.environ, "DIT_SAVE_SECONDS": "0.6"})
     pids = [int(word) for word in leash.stdout.readline().split()]
-    time.sleep(0.2)  # the child too must have come to ignore them
     leash.stdin.close()
     assert leash.stdout.read().decode().splitlines() == [
         "2 process(es) still run after 0.3 s and get SIGTERM",
         "2 process(es) still run after 0.6 s and get SIGKILL; DIT_SAVE_SECONDS gives more time to save",
     ]
-    assert leash.wait(timeout=30) == 128 + signal.SIGKILL
+    assert leash.wait(timeout=120) == 128 + signal.SIGKILL
     assert all(gone(pid) for pid in pids)
 
 
@@ -109,19 +110,20 @@ def test_such_a_time_is_refused_before_anything_starts(tmp_path, command):
 
 
 def test_a_stage_gets_the_time_that_was_set(tmp_path):
-    # It takes longer than 0.6 s, after which another is killed (see above).
+    # It takes longer than 0.6 s, after which another is killed (see above); how much longer does not matter to that one.
     slow = (
         "import signal, sys, time\n"
         "def save(*_):\n"
-        f"    signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w').close(); sys.exit(75)\n"
-        "signal.signal(signal.SIGINT, save)\nprint('ready', flush=True)\ntime.sleep(1000)"
+        f"    time.sleep(float(sys.argv[1])); open({str(tmp_path / 'saved')!r}, 'w').close(); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.signal(signal.SIGINT, save)\n"
+        "print('ready', flush=True)\ntime.sleep(1000)"
     )
-    for seconds, code in (("0.6", 128 + signal.SIGKILL), ("20", 75)):
-        leash = leashed(sys.executable, "-c", slow, env={**os.environ, "DIT_SAVE_SECONDS": seconds})
+    for seconds, takes, code in (("0.6", "100", 128 + signal.SIGKILL), ("20", "1", 75)):
+        leash = leashed(sys.executable, "-c", slow, takes, env={**os.environ, "DIT_SAVE_SECONDS": seconds})
         assert leash.stdout.readline() == b"ready\n" and not (tmp_path / "saved").exists()
         leash.stdin.close()
         leash.stdout.close()
-        assert leash.wait(timeout=30) == code
+        assert leash.wait(timeout=120) == code
     assert (tmp_path / "saved").exists()
 
 
@@ -136,7 +138,7 @@ def test_each_process_gets_an_interrupt_once(tmp_path):
     leash.stdin.close()
     assert leash.stdout.read() == b"interrupted\n"
     leash.stdout.close()
-    assert leash.wait(timeout=30) == 3
+    assert leash.wait(timeout=120) == 3
 
 
 def test_a_command_may_go_on_speaking_when_nobody_listens_any_more(tmp_path):
@@ -151,7 +153,7 @@ def test_a_command_may_go_on_speaking_when_nobody_listens_any_more(tmp_path):
     leash.stdout.readline()
     leash.stdout.close()
     leash.stdin.close()
-    leash.wait(timeout=30)
+    leash.wait(timeout=120)
     assert (tmp_path / "saved").exists()
 
 
@@ -161,5 +163,4 @@ def test_a_leash_that_is_killed_takes_its_command_with_it():
     command = int(leash.stdout.readline())
     leash.kill()
     leash.communicate()
-    until(lambda: gone(command), seconds=5)
-    assert gone(command)
+    until(lambda: gone(command))

@@ -248,13 +248,23 @@ def test_sigkill_in_the_parts_of_an_upload(tmp_path, folder, moto, monkeypatch):
     bucket = "s3://birds/states/train/abc"
     save(folder, storage.Bucket(bucket, "run.mirror"), 5)
 
-    def large():
-        mirror = Mirror(storage.Bucket(bucket, "run.mirror"), folder, 2)
+    class Stuck(storage.Bucket):
+        begun = False
+
+        def _write(self, name, ask):
+            answer = super()._write(name, ask)
+            if self.begun:  # and its first part is there
+                time.sleep(100)
+            self.begun = "UploadId" in answer
+            return answer
+
+    def large(kind=storage.Bucket):
+        mirror = Mirror(kind(bucket, "run.mirror"), folder, 2)
         saver = Saver(folder, 2, mirror=mirror)
         saver.save(TrainingState(10, {"a": torch.randn(8_000_000)}, VALUES))
         saver.close()
 
-    with killed(large):
+    with killed(lambda: large(Stuck)):
         until(lambda: moto.list_multipart_uploads(Bucket="birds").get("Uploads"))
     assert elsewhere(tmp_path, storage.Bucket(bucket)).step == 5
     large()

@@ -4,10 +4,10 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
+from ports import free_port
 
 from dit.monitor import COLUMNS, Monitor, scaled_time
 from dit.objective import ObjectiveConfig
@@ -133,15 +133,13 @@ def in_a_process(rank, port, results):
 
 
 def test_two_processes_tell_the_same_as_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     forked = multiprocessing.get_context("fork")  # torch is imported already
     results = forked.Queue()
     processes = [forked.Process(target=in_a_process, args=(rank, port, results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    one, other = (results.get(timeout=60) for _ in processes)
+    one, other = (results.get(timeout=200) for _ in processes)
     for process in processes:
         process.join(60)
     assert one == other  # the same numbers and the same end at both

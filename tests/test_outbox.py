@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from toy_pipeline import until
 
 from dit import outbox
 from dit.outbox import BATCH, Outbox, Point
@@ -25,29 +26,30 @@ def test_points_arrive_in_order_and_in_batches_that_the_server_takes():
     for step in range(2 * BATCH + 500):
         box.add(points(step))
     ended = []
-    assert box.close(lambda: ended.append(len(batches)), seconds=5)
+    assert box.close(lambda: ended.append(len(batches)), seconds=60)
     assert [point.step for batch in batches for point in batch] == list(range(2 * BATCH + 500))
     assert max(map(len, batches)) <= BATCH and ended == [len(batches)]
 
 
 def test_a_service_that_comes_back_gets_what_it_missed_and_its_absence_is_said_once(fast):
-    away, sent, said = threading.Event(), [], []
+    away, tried, sent, said = threading.Event(), [], [], []
     away.set()
 
     def send(batch):
+        tried.append(1)
         if away.is_set():
             raise ConnectionError("nobody there")
         sent.extend(batch)
 
     box = Outbox(send, said.append)
     box.add(points(0, 1))
-    time.sleep(0.3)
+    until(lambda: len(tried) > 3)
     assert len(said) == 1 and not sent
     away.clear()
-    time.sleep(0.3)
+    until(lambda: sent)
     assert [point.step for point in sent] == [0, 1]
     box.add(points(2))
-    assert box.close(lambda: None, seconds=5)
+    assert box.close(lambda: None, seconds=60)
     assert [point.step for point in sent] == [0, 1, 2] and len(said) == 1
 
 
@@ -57,9 +59,9 @@ def test_a_service_that_hangs_holds_up_nobody():
     started = time.monotonic()
     for step in range(5000):
         box.add(points(step))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 20
     assert not box.close(lambda: None, seconds=0.2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30  # and not a minute
     never.set()
 
 
@@ -73,7 +75,7 @@ def test_a_service_that_is_gone_is_tried_a_last_time():
     said = []
     box = Outbox(send, said.append)
     box.add(points(0))
-    assert not box.close(lambda: ended.append(1), seconds=5)
+    assert not box.close(lambda: ended.append(1), seconds=60)
     assert attempts == [1] and len(said) == 1
     assert ended == [1]  # the last call is made whatever happened: it ends the run, and the watching of the machine
 
@@ -88,9 +90,9 @@ def test_a_job_that_never_works_holds_up_no_other(fast):
     box.do(lambda: done.append("first"))
     box.do(broken)
     box.do(lambda: done.append("last"))
-    time.sleep(0.3)
-    assert done == ["first", "last"] and [str(error) for error in said] == ["no picture"]
-    box.close(lambda: None, seconds=5)
+    until(lambda: done == ["first", "last"])
+    assert [str(error) for error in said] == ["no picture"]
+    box.close(lambda: None, seconds=60)
 
 
 def test_after_a_job_that_fails_curves_go_on_as_before_and_the_last_call_is_made(monkeypatch):
@@ -105,9 +107,8 @@ def test_after_a_job_that_fails_curves_go_on_as_before_and_the_last_call_is_made
     for step in range(5):
         box.add(points(step))
         box.do(lambda step=step: done.append(step))
-        time.sleep(0.1)
-        assert [point.step for point in sent] == done == list(range(step + 1))
-    assert not box.close(lambda: ended.append(1), seconds=5)  # not all of it went out
+        until(lambda step=step: [point.step for point in sent] == done == list(range(step + 1)), 30)
+    assert not box.close(lambda: ended.append(1), seconds=60)  # not all of it went out
     assert ended == [1] and [str(error) for error in said] == ["no picture"]
 
 
@@ -120,18 +121,20 @@ def test_a_job_is_tried_so_many_times_and_then_dropped(fast):
 
     box = Outbox(lambda batch: None, said.append)
     box.do(broken)
-    time.sleep(1)
-    assert len(tries) == outbox.TRIES and len(said) == 1 and not box._jobs
-    assert not box.close(lambda: None, seconds=5) and len(tries) == outbox.TRIES
+    until(lambda: not box._jobs)
+    assert len(tries) == outbox.TRIES and len(said) == 1
+    assert not box.close(lambda: None, seconds=60) and len(tries) == outbox.TRIES
 
 
 def test_jobs_that_all_fail_wait_together_and_none_is_lost_when_the_place_is_back(fast, monkeypatch):
     monkeypatch.setattr(outbox, "TRIES", 1000)
-    away, tried, done, said = threading.Event(), [], [], []
+    away, back, tried, done, said = threading.Event(), threading.Event(), [], [], []
     away.set()
 
     def job(number):
         tried.append(number)
+        if number == 0 and back.is_set():  # between two rounds
+            away.clear()
         if away.is_set():
             raise ConnectionError("nobody there")
         done.append(number)
@@ -139,11 +142,11 @@ def test_jobs_that_all_fail_wait_together_and_none_is_lost_when_the_place_is_bac
     box = Outbox(lambda batch: None, said.append)
     for number in range(10):
         box.do(lambda number=number: job(number))
-    time.sleep(0.3)
+    until(lambda: len(tried) > 5)
     assert set(tried) == {0, 1} and len(said) == 1  # two in a row mean that nothing would work: ask no more of it
-    away.clear()
-    time.sleep(0.3)
-    assert done == list(range(10)) and box.close(lambda: None, seconds=5)
+    back.set()
+    until(lambda: len(done) == 10)
+    assert done == list(range(10)) and box.close(lambda: None, seconds=60)
 
 
 def test_what_is_kept_for_an_absent_service_is_bounded(monkeypatch):

@@ -2,11 +2,11 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 
 import pytest
 import torch
+from ports import free_port
 from test_saving import files_of_at_most
 from test_states import VALUES, same
 
@@ -22,9 +22,7 @@ def two(work, *args):
     """What `work(world, *args)` returns in two processes that are a group, by rank; an error as its text."""
     import torch._dynamo  # noqa: F401 (distribute_tensor imports it: once here, and not in each)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     answers = FORK.Queue()
 
     def run(rank):
@@ -42,10 +40,10 @@ def two(work, *args):
     for child in children:
         child.start()
     try:
-        return [answer for _, answer in sorted((answers.get(timeout=60) for _ in children), key=lambda told: told[0])]
+        return [answer for _, answer in sorted((answers.get(timeout=200) for _ in children), key=lambda told: told[0])]
     finally:
         for child in children:
-            child.join(5)
+            child.join(30)
             child.kill()
 
 

@@ -149,7 +149,7 @@ def start_and_wait_for_a_state(folder):
     """`dvc repro`, and the first state that its training has saved."""
     before = states(folder)
     dvc = start(folder)
-    until(lambda: states(folder) - before, seconds=60)
+    until(lambda: states(folder) - before, seconds=120)
     return dvc
 
 
@@ -160,7 +160,7 @@ def test_killed_while_training_and_run_again_equals_uninterrupted(copy, victim, 
     dvc = start_and_wait_for_a_state(copy)
     [stage] = stages_in(copy)
     os.kill(stage.pid if victim == "stage" else dvc.pid, signal.SIGKILL)
-    assert dvc.wait(30) != 0
+    assert dvc.wait(90) != 0
     if victim == "stage":
         assert not (copy / "artifacts" / "train").exists()
     dvc.stdout.close()
@@ -191,7 +191,7 @@ def test_interrupted_by_the_keyboard_it_saves_and_goes_on(copy):
     before = states(copy)
     dvc = start_and_wait_for_a_state(copy)
     os.killpg(dvc.pid, signal.SIGINT)
-    printed = dvc.communicate(timeout=60)[0].decode()
+    printed = dvc.communicate(timeout=120)[0].decode()
     assert dvc.returncode != 0 and "Traceback" not in printed
     told = json.loads((copy / "scratch" / "outcome" / "train.json").read_text())
     assert told["status"] == "interrupted" and "saved" in told["message"]

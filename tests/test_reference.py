@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from test_classifier import QUICK, bars
 from test_extractors import random_inception
 
@@ -106,9 +106,7 @@ write_reference(Path(sys.argv[1]), train, heldout, {{"extractor": "bars_classifi
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_reference(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = tmp_path / "script.py"
     script.write_text(SHARED.format(tests=str(ROOT / "tests")))
     for name, size in (("one", 1), ("two", 2)):

@@ -115,12 +115,12 @@ def test_the_first_version_becomes_champion_and_draws_where_this_checkout_is_not
     assert label == "two" and drawn == "True" and str(paths.root / "mlartifacts") in file, done.stderr
 
 
-def test_the_second_time_nothing_changes_and_it_is_quick(paths, trials):
+def test_the_second_time_nothing_changes_and_it_is_quick(paths, trials, monkeypatch):
     run(paths)
     before, stamp = (paths.artifacts / "register" / "model.json").read_bytes(), store.store_stamp(paths)
-    started = time.monotonic()
-    run(paths)
-    assert time.monotonic() - started < 1  # the database was not written to: it is not asked
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "connect", pytest.fail)  # the database was not written to: it is not asked
+        run(paths)
     next((paths.scratch / "register").glob("*.json")).unlink()
     run(paths)  # asked, it says the same
     assert (paths.artifacts / "register" / "model.json").read_bytes() == before
@@ -311,7 +311,7 @@ def test_offline_it_says_so_and_the_next_run_makes_it_good(paths, monkeypatch, c
         offline.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         started = time.monotonic()
         told = run(paths)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20  # MLflow itself would try for minutes
     assert told["registered"] is False and told["version"] is None and "refused" in told["reasons"][0]
     assert "going on without it" in capsys.readouterr().out
     told = run(paths)

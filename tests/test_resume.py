@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_pipeline import until
 
 from dit import resume
 from dit.paths import Paths
@@ -188,9 +189,9 @@ def test_a_second_worktree_waits_and_takes_over_what_the_first_finished(paths, o
     assert said.startswith(f"train: waiting for process {first.pid} on ") and "what it finishes is taken over" in said
     (second_place.root / "go").touch()
     (place.root / "go").touch()
-    assert first.wait(timeout=60) == 0
+    assert first.wait(timeout=120) == 0
     assert second.stdout.readline() == "going on at step 10 of 10\n"
-    assert second.stdout.readline() == "begun at 10\n" and second.wait(timeout=60) == 0
+    assert second.stdout.readline() == "begun at 10\n" and second.wait(timeout=120) == 0
     assert kept(paths) == ["abc"] and not (place.scratch / "train").exists()
 
 
@@ -200,13 +201,12 @@ def test_one_that_is_killed_in_a_save_leaves_its_training_to_who_waits(paths, ot
     assert first.stdout.readline() == "going on at step 4 of 10\n" and first.stdout.readline() == "begun at 4\n"
     second, place = other("abc", 10)
     assert second.stdout.readline().startswith("train: waiting")
-    half, until = paths.scratch / "train" / "abc" / "step-00000010.safetensors", time.monotonic() + 20
-    while not half.exists() and time.monotonic() < until:
-        time.sleep(0.01)
+    half = paths.scratch / "train" / "abc" / "step-00000010.safetensors"
+    until(half.exists)
     first.kill()
     assert second.stdout.readline() == "going on at step 4 of 10\n" and half.exists()
     (place.root / "go").touch()
-    assert second.wait(timeout=60) == 0
+    assert second.wait(timeout=120) == 0
 
 
 def test_what_another_process_is_at_is_neither_pruned_nor_cleaned(paths, other):
@@ -223,7 +223,7 @@ def test_what_another_process_is_at_is_neither_pruned_nor_cleaned(paths, other):
     resume.clean(paths)
     assert kept(paths) == ["busy"] and (paths.scratch / "initial" / "weights").exists()
     (place.root / "go").touch()
-    assert process.wait(timeout=60) == 0 and resume.clean(paths) > 0
+    assert process.wait(timeout=120) == 0 and resume.clean(paths) > 0
     assert not kept(paths) and not (paths.scratch / "initial" / "weights").exists()
 
 

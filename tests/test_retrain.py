@@ -145,7 +145,7 @@ def test_new_images_are_trained_on_once(server, gallery):
         "all": {"new": 1, "changed": 1, "gone": 1, "now": 4},
     }
     assert retrain().name == "NothingNew" and trainings(gallery) == 2 and nothing_is_left_over(gallery)
-    told = until(lambda: (got := received("dit.data.new", "dit.dataset.my_photos"))[1:] and got, 30)
+    told = until(lambda: (got := received("dit.data.new", "dit.dataset.my_photos"))[1:] and got)
     assert told == [{"new": 4, "changed": 0, "gone": 0}, {"new": 1, "changed": 1, "gone": 1}]
 
 

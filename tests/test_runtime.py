@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dit import expectations, runtime
+from dit.estimate import device_named
 from dit.progress import Progress, clock
 from dit.randomness import generator, permutation
 from dit.runtime import RunConfig, accelerators, autocast, main_memory, pick_device, start
@@ -48,6 +49,27 @@ def test_what_is_visible_is_counted_and_a_cpu_is_one():
 def test_determinism_is_an_accelerators_matter():
     start(RunConfig(device="cpu", deterministic=True))
     assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_a_cpu_has_no_name_no_memory_of_its_own_and_no_queues():
+    cpu = torch.device("cpu")
+    assert (
+        runtime.device_name(cpu) is runtime.memory_bytes(cpu) is runtime.copy_stream(cpu) is runtime.mark(cpu)() is None
+    )
+    with runtime.queued_on(None):
+        assert not runtime.pins(cpu)
+
+
+@pytest.mark.parametrize(
+    ("told", "name"), [("v6e-8", "TPU v6e"), ("v5litepod-16", "TPU v5e"), ("v9-4", None), ("", None)]
+)
+def test_a_tpu_is_known_by_what_its_host_says(monkeypatch, told, name):
+    class Tpu:  # torch knows no such device without torch_tpu
+        type = "tpu"
+
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", told)
+    assert runtime.device_name(Tpu()) == name
+    assert name is None or device_named(name).name == name
 
 
 def test_a_cpu_multiplies_as_before():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from sklearn.datasets import load_digits
 
 from dit import cli, scoretable
@@ -328,7 +329,7 @@ def test_two_processes_give_the_figures_of_one(made, tmp_path, form):
     reference = made / "real.npz" if form == "images" else tmp_path / "adm.npz"
     arguments = ["evaluate", made / "gen.npz", "--reference", reference, *RANDOM]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     for name, start in {"one": [], "two": launcher}.items():
         command = [sys.executable, *start, "-m", "dit.cli", *arguments, "--output", tmp_path / f"{name}.json"]
         done = subprocess.run(list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True)

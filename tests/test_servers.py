@@ -5,7 +5,7 @@ import socket
 import sys
 
 import pytest
-from test_services import free_port
+from ports import free_port
 from toy_pipeline import until
 
 from flows import servers, services
@@ -177,7 +177,7 @@ def test_mlflows_server_really_starts_and_answers_for_this_store(root):
     assert (root / "mlflow.db").exists()
     assert mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db").get_experiment(experiment).name == "through the server"
     services.end(servers.folder_of(root), server)
-    until(lambda: not services.marked(servers.folder_of(root)), 10)
+    until(lambda: not services.marked(servers.folder_of(root)))
     assert services.holder(server.port) is None
 
 
@@ -193,8 +193,8 @@ def test_what_a_killed_server_left_behind_does_not_keep_its_port(root, monkeypat
     run_instead(monkeypatch, f"CODE = {HEALTHY!r}\n{FATHERLESS}")
     first = servers.ensure(root, ("mlflow",), [], print)["mlflow"]
     os.kill(first.pid, 9)
-    services.wait_gone([first.pid], 5)
-    assert servers.answers(first), "the child is gone as well: nothing is tested"
+    services.wait_gone([first.pid], 30)
+    until(lambda: servers.answers(first), 30)  # else the child is gone as well: nothing is tested
     second = servers.ensure(root, ("mlflow",), [], print)["mlflow"]
     assert second.pid != first.pid and servers.answers(second)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from toy_pipeline import REPOSITORY
+from toy_pipeline import REPOSITORY, until
 
 from flows import services
 from flows.services import Service
@@ -38,7 +38,7 @@ def test_a_service_is_found_again_and_ended(folder):
 
 def test_its_output_goes_to_its_log(folder):
     service = start(folder, "print('first'); print('last words')")
-    services.wait_gone([service.pid], 5)
+    services.wait_gone([service.pid], 60)
     assert services.last_lines(folder, "sleeper", 1) == "last words"
 
 
@@ -60,8 +60,7 @@ def test_what_is_written_down_wrongly_is_nothing(folder, content):
 def test_descendants_are_known_by_their_mark_after_their_parent_is_gone(folder):
     service = start(folder, PARENT)
     log = folder / "sleeper.log"
-    while not log.read_text().endswith("\n"):
-        pass
+    until(lambda: log.read_text().endswith("\n"))
     child = int(log.read_text())
     services.end(folder, service)
     assert list(services.marked(folder)) == [child]
@@ -87,9 +86,3 @@ def test_outside_a_checkout_there_is_one_line_and_nothing_is_made(tmp_path, comm
     )
     assert done.returncode == code and done.stderr.count("\n") == 1 and "run in the project's folder" in done.stderr
     assert not (tmp_path / "scratch").exists()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

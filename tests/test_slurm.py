@@ -12,22 +12,27 @@ import time
 from pathlib import Path
 
 import pytest
-from test_launch import free_port
+from ports import free_port
 from tiny_model import write_model
 
 ROOT = Path(__file__).parents[1]
 # srun: the command once for each node, with what a step is told; signals are passed on, the highest status is its own.
 SRUN = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 options = [word for word in sys.argv[1:] if word.startswith("--")]
 command, nodes = sys.argv[1 + len(options):], int(options[0].removeprefix("--nodes="))
 assert options[1:3] == [f"--ntasks={nodes}", "--ntasks-per-node=1"], options
 step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NUM_TASKS": str(nodes)}
 step |= {"SLURM_STEP_NODELIST": "localhost,node[2-9]"}
+got = []
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # first: one may come as soon as the tasks are seen
+    signal.signal(number, lambda number, _: got.append(number))
 tasks = [subprocess.Popen(command, env=os.environ | step | {"SLURM_NODEID": str(i)}) for i in range(nodes)]
-for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, _: [task.send_signal(number) for task in tasks])
-sys.exit(max(task.wait() for task in tasks))
+while [task for task in tasks if task.poll() is None]:
+    for number in [got.pop(0) for _ in got[:]]:
+        [task.send_signal(number) for task in tasks]
+    time.sleep(0.02)
+sys.exit(max(task.returncode for task in tasks))
 """
 # dvc repro: its commands one after the other, each by $SHELL, of whose status nothing but failure is left.
 DVC = """
@@ -101,7 +106,7 @@ def job(tmp_path):
 
 
 def until(ready):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not ready():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
@@ -115,7 +120,7 @@ def test_before_its_limit_a_job_saves_on_all_nodes_is_queued_again_and_goes_on(j
     first = start([SAMPLE], "sample")
     until(lambda: (folder / "begun-0").exists() and (folder / "begun-1").exists())
     first.send_signal(signal.SIGUSR1)
-    said, _ = first.communicate(timeout=30)
+    said, _ = first.communicate(timeout=120)
     assert first.returncode == 0, said
     assert [(folder / f"saved-{node}").read_text() for node in (0, 1)] == ["SIGUSR1"] * 2
     assert (folder / "begun-1").read_text() == "False", "another node has no DVC to watch"
@@ -123,7 +128,7 @@ def test_before_its_limit_a_job_saves_on_all_nodes_is_queued_again_and_goes_on(j
     (folder / "requeued").unlink()
     again = start([SAMPLE, f"true && {SAMPLE}"], "sample", SLURM_RESTART_COUNT="1")
     until((folder / "begun-0").exists)
-    said, _ = again.communicate(timeout=30)
+    said, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and not (folder / "requeued").exists(), said
     assert (folder / "asked").read_text() == "repro sample\nrepro sample\n"
 
@@ -133,7 +138,7 @@ def test_a_cancelled_job_saves_and_is_not_queued_again_and_a_stage_of_one_proces
     process = start([f"true && {SHARD}", SAMPLE])
     until((folder / "begun-0").exists)  # the batch script's own node
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 255, said
     assert (folder / "saved-0").read_text() == "SIGTERM" and not (folder / "requeued").exists()
     assert not (folder / "begun-1").exists(), "no further command is begun"
@@ -143,7 +148,7 @@ def test_a_job_that_fails_ends_and_one_that_stopped_by_itself_goes_on(job):
     folder, start = job
     for code, requeued in ((1, False), (75, True)):
         process = start([f"exit {code}"])
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=120)
         assert process.returncode == (0 if requeued else 255), said
         assert (folder / "requeued").exists() == requeued
 

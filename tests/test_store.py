@@ -35,7 +35,7 @@ def why_not(paths, uri, monkeypatch):
     started = time.monotonic()
     with pytest.raises(store.Unreachable) as caught:
         tracking.connect(paths)
-    assert time.monotonic() - started < 10 and "\n" not in str(caught.value)
+    assert time.monotonic() - started < 30 and "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -139,7 +139,7 @@ def test_three_processes_race_for_a_fresh_database(paths):
     racers = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "123"
     ]
-    ids = [racer.communicate(timeout=120)[0].strip() for racer in racers]
+    ids = [racer.communicate(timeout=250)[0].strip() for racer in racers]
     assert all(len(id) == 32 for id in ids), ids
     client = tracking.connect(paths)
     (experiment,) = [e for e in client.search_experiments() if e.name == "race"]

@@ -145,12 +145,12 @@ deployments:
     (checkout / "scratch" / "meeting").mkdir(parents=True, exist_ok=True)  # no variant ends before the other began
     worker = subprocess.Popen([*prefect, "worker", "start", "--pool", "here"], cwd=checkout, env=environment)
     try:
-        until(flow_file.workers_wait, 60)
+        until(flow_file.workers_wait)
         state = flow_file.study(preset="digits", variants=WIDTHS, return_state=True)
         assert state.is_completed() and state.message.startswith("2 of 2 variants; best: wide"), state.message
     finally:
         worker.terminate()
-        worker.wait(30)
+        worker.wait(90)
     rows, _ = found(checkout)
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs()

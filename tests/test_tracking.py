@@ -2,17 +2,19 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from ports import free_port
 from tiny_model import write_training
+from toy_pipeline import until
 
 from dit import tracking
 from dit.paths import Paths, write_json
+from flows import services
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +44,18 @@ def test_a_run_holds_settings_curves_pictures_inputs_and_its_end(paths, monkeypa
         started = time.monotonic()
         for step in range(3000):
             run.log(step, {"loss": 1 / (step + 1), "lr": 0.1})
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5  # a store that is waited for needs more
         run.image("preview", np.zeros((8, 8, 3), np.uint8), step=100)
         run.artifact("notes/hello.txt", "hello")
         run.tags({"size": 7})
         run.metrics({"cfg1.5": {"fid_x_1k": 1.7}, "flat": 2})
-        time.sleep(0.5)
+        until(lambda: "system/cpu_utilization_percentage" in told(paths, run.id).data.metrics)
         assert "MLFLOW_RUN_ID" not in os.environ
     got, client = told(paths, run.id), tracking.connect(paths)
     assert got.info.status == "FINISHED" and got.info.run_name == "first"
     assert got.data.params == {"preset": "tiny", "train.max_steps": "10", "train.betas": "[0.9, 0.999]"}
     assert got.data.tags.items() >= {"preset": "tiny", "colour": "blue", "size": "7"}.items()
     assert got.data.metrics["cfg1.5/fid_x_1k"] == 1.7 and got.data.metrics["flat"] == 2
-    assert "system/cpu_utilization_percentage" in got.data.metrics
     losses = client.get_metric_history(run.id, "loss")
     assert sorted((m.step, m.value) for m in losses) == [(step, 1 / (step + 1)) for step in range(3000)]
     (entry,) = got.inputs.dataset_inputs
@@ -197,16 +198,14 @@ def test_without_a_server_the_work_goes_on_and_it_is_said_once(tmp_path, monkeyp
         with tracking.open_run(paths, "x", experiment="x") as run, tracking.continue_run(paths, experiment="x") as more:
             run.log(1, {"loss": 1.0})
             more.metrics({"fid": 1.0})
-    assert time.monotonic() - started < 3 and run.id is None
+    assert time.monotonic() - started < 20 and run.id is None  # MLflow itself would try for minutes
     assert capsys.readouterr().out.count("\n") == 1
 
 
 @pytest.fixture
 def server(tmp_path):
     """A real MLflow server on a free port, and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += [
         "--backend-store-uri",
@@ -223,17 +222,14 @@ def server(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}", process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        until(lambda: services.answers(f"http://127.0.0.1:{port}/health"))
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.timeout(120)
 def test_a_server_that_dies_stops_nobody(server, tmp_path, monkeypatch, capsys):
     uri, process = server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -245,8 +241,7 @@ def test_a_server_that_dies_stops_nobody(server, tmp_path, monkeypatch, capsys):
     assert run.id and run.tracking_uri == uri
     run.log(1, {"loss": 1.0})
     run.artifact("a.txt", "through the server")
-    time.sleep(2)
-    assert [a.path for a in tracking.connect(paths).list_artifacts(run.id)] == ["a.txt"]
+    until(lambda: [a.path for a in tracking.connect(paths).list_artifacts(run.id)] == ["a.txt"])
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     started = time.monotonic()
@@ -257,6 +252,6 @@ def test_a_server_that_dies_stops_nobody(server, tmp_path, monkeypatch, capsys):
     time.sleep(1)
     started = time.monotonic()
     run.close("FINISHED")
-    assert logged < 1 and time.monotonic() - started < 15
+    assert logged < 5 and time.monotonic() - started < 25  # a server that is waited for costs more, and an end 30 s
     said = [line for line in capsys.readouterr().out.splitlines() if "mlflow" in line]
     assert len(said) == 1 and "goes on without it" in said[0]

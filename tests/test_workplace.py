@@ -38,12 +38,12 @@ def test_the_same_settings_take_turns_and_others_do_not(toy):
     def first():
         with opened(toy):
             inside.set()
-            leave.wait(30)
+            leave.wait(200)
             order.append("first")
 
     other = threading.Thread(target=first)
     other.start()
-    assert inside.wait(30)
+    assert inside.wait(200)
     with opened(toy, OTHER, Wanted("digits")):
         pass  # at once
 

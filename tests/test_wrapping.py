@@ -3,12 +3,12 @@
 import json
 import multiprocessing
 import os
-import socket
 import traceback
 
 import pytest
 import torch
 import torch.distributed
+from ports import free_port
 
 from dit import parallel
 from dit.alignment import AlignmentConfig
@@ -17,12 +17,12 @@ from dit.dataset import LatentDataset
 from dit.model import DiT, ModelConfig
 from dit.objective import ObjectiveConfig
 from dit.parallel import World, world
-from dit.runtime import RunConfig
+from dit.runtime import RunConfig, memory_bytes
 from dit.saving import Saver
 from dit.states import latest_state
 from dit.trainer import fit
 from dit.training import TrainConfig
-from dit.wrapping import Wrapped, kind, memory_bytes
+from dit.wrapping import Wrapped, kind
 
 TRANSPORT = ObjectiveConfig("transport")
 ALIGNED = ObjectiveConfig("transport", alignment=AlignmentConfig(weight=0.5, stop_step=5, projector_size=8))
@@ -136,9 +136,7 @@ def two(latents, places):
     import torch._dynamo  # noqa: F401 (DDP asks it something: once here, and not in each of them)
     from torch.distributed.fsdp import fully_shard  # noqa: F401
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     forked = multiprocessing.get_context("fork")
     processes = [
         forked.Process(target=in_a_process, args=(rank, port, latents, places), daemon=True) for rank in range(2)
@@ -146,7 +144,7 @@ def two(latents, places):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(250)
     assert not list(places.glob("*.txt")), [file.read_text() for file in places.glob("*.txt")]
     return [torch.load(places / f"{rank}.pt") for rank in range(2)]
 

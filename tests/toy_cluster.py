@@ -97,7 +97,9 @@ class Pod:
     def stop(self):
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            threading.Timer(self.grace, self.process.kill).start()
+            late = threading.Timer(self.grace, self.process.kill)
+            late.daemon = True  # nobody waits minutes for it when the tests are over
+            late.start()
 
     @property
     def over(self):

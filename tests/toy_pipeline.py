@@ -2,8 +2,9 @@
 
 `scan -> train -> report` (dvc.yaml has them in another order). `train` reads from scratch/toy.json of the checkout
 (not of the run's worktree) what to do:
-{"seconds": how long, the first time; "fail_times": how often to fail for a reason that passes; "fail": a message to die with, "child": start a process in a session of its own}. On SIGINT or
-SIGTERM it takes "save_seconds" to save, writes scratch/saved and its outcome file, and exits with 75.
+{"seconds": how long, the first time; "fail_times": how often to fail for a reason that passes; "fail": a message to die
+with, "child": start a process in a session of its own}. On SIGINT or SIGTERM it saves for 0.3 s, and on for as long as
+there is a file scratch/hold, writes scratch/saved and its outcome file, and exits with 75.
 """
 
 import json
@@ -50,7 +51,9 @@ def outcome(status, message, retry=False):
 
 def save(number, frame):
     print("saving", flush=True)
-    time.sleep(todo.get("save_seconds", 0.3))
+    time.sleep(0.3)
+    while os.path.exists(home + "/scratch/hold"):
+        time.sleep(0.05)
     open(home + "/scratch/saved", "w").close()
     print("saved", flush=True)
     outcome("interrupted", "interrupted at step 3")
@@ -142,19 +145,27 @@ def tell(root, **todo):
         (root / "scratch" / name).unlink(missing_ok=True)
 
 
-def train_started(root, seconds=60):
+def train_started(root, seconds=120):
     """Wait until the train stage works; returns its process number."""
     until(lambda: (root / "scratch" / "pid").exists(), seconds)
     return int((root / "scratch" / "pid").read_text())
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=120):
     """Wait for something; an error if it takes longer."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
     return value
+
+
+def words_of(process):
+    """The words of a process's command; none once it is gone."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def processes_in(root):
