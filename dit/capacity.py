@@ -42,8 +42,7 @@ def machine_of(
 
 
 def _accelerator(device: Device) -> tuple[Machine, float]:
-    kind = "tpu" if device.name.startswith("TPU") else "cuda"
-    return Machine(kind, device.name, int(device.memory_bytes), None), device.price
+    return Machine("accelerator", device.name, int(device.memory_bytes), None), device.price
 
 
 def threads(run: Any) -> int:

@@ -119,6 +119,17 @@ def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> Abstra
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def main_memory() -> int:
+    """Bytes of this machine's own memory, or what a container may take of it."""
+    import psutil
+
+    told = [psutil.virtual_memory().total]
+    for name in LIMITS:
+        with suppress(OSError, ValueError):  # no container, or "max"
+            told.append(int((CGROUP / name).read_text()))
+    return min(told)
+
+
 def device_name(device: torch.device) -> str | None:
     """What its maker calls the device; None of a CPU, and where nothing tells."""
     if device.type == "cuda":
@@ -187,14 +198,3 @@ def tell_tpu_hosts() -> None:
     """Set what the processes of a TPU host must know of each other, where torch_tpu is what works here."""
     if "torch_tpu" in sys.modules and getattr(torch.accelerator.current_accelerator(), "type", "") == "tpu":
         torch.tpu.distributed.set_tpu_launch_env()
-
-
-def main_memory() -> int:
-    """Bytes of this machine's own memory, or what a container may take of it."""
-    import psutil
-
-    told = [psutil.virtual_memory().total]
-    for name in LIMITS:
-        with suppress(OSError, ValueError):  # no container, or "max"
-            told.append(int((CGROUP / name).read_text()))
-    return min(told)

@@ -177,7 +177,7 @@ def sharing(network: dict[str, Any], parallel: str, devices: int, machine: Machi
     kind = parallel_kind(
         parallel,
         devices,
-        machine.memory_bytes if machine and machine.device == "cuda" else None,  # of no others wrapping.py knows it
+        machine.memory_bytes if machine and machine.device not in ("cpu", "mps") else None,  # runtime.memory_bytes
         lambda: training_memory(network["config"], batch_size=network["batch_size"], **_held(alone)),
     )
     return devices if kind == "fsdp" else 1

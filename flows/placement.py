@@ -109,7 +109,7 @@ def require_worker(pool: str, at: Where, anyway: bool) -> None:
         found = client.read_workers_for_work_pool(pool)
     if anyway or any(worker.status == WorkerStatus.ONLINE for worker in found):
         return
-    way = "`dit up` starts one for each GPU that it finds" if at == "beside" else f"prefect worker start --pool {pool}"
+    way = "`dit up` starts one where it finds a GPU" if at == "beside" else f"prefect worker start --pool {pool}"
     raise ValueError(f"pool: no worker looks after {pool}, so what needs an accelerator would wait for ever: {way}")
 
 

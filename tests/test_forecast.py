@@ -36,12 +36,12 @@ def test_what_a_pool_gives_is_what_the_preflight_is_asked(device, processes, ask
     assert of_devices(device, {"processes": processes}) == asked
 
 
-def xl2(tmp_path, monkeypatch, *, at_once=32, **asked):
+def xl2(tmp_path, monkeypatch, **asked):
     """The preflight of preset xl2 with images that are there, on a machine without an accelerator."""
     monkeypatch.setattr(expectations, "look", lambda wanted="auto": LAPTOP)
     (tmp_path / "artifacts" / "reference").mkdir(parents=True, exist_ok=True)  # else Inception's address is tried
     params = resolve("xl2", ROOT / "presets")
-    params["data"]["source"], params["run"]["device_batch_size"] = "digits", at_once
+    params["data"]["source"] = "digits"
     sections = check_sections(stage_functions(), params, optional={"retrain": RetrainConfig})
     todo = [name for name in STAGES if name != "vae"]  # which would ask the hub
     return preflight.preflight(sections, Paths(tmp_path), **{"stale": todo, "push": False, "elsewhere": True} | asked)
@@ -56,7 +56,7 @@ def test_xl2_passes_for_a_cluster_from_a_machine_without_an_accelerator(tmp_path
     assert any(re.match(r"no accelerator, and the work takes about \d+ years on", fault) for fault in here.faults)
     template = json.loads((ROOT / "infra" / "work_pools" / f"{pool}.json").read_text())
     asked = of_devices(given_by(template, ROOT), {"processes": 0})
-    found = xl2(tmp_path, monkeypatch, at_once=16 if pool == "kubernetes-tpu" else 32, **asked)
+    found = xl2(tmp_path, monkeypatch, **asked)
     assert found.faults == [] and told in found.line and "CPU" not in found.line
     assert (found.price_usd is None) == (pool == "kubernetes-cpu")
 

@@ -129,13 +129,6 @@ def test_what_devices_share_needs_no_room_on_each(project, way):
     assert shared == (way != "auto")
 
 
-def test_auto_shares_nothing_on_chips_whose_memory_the_training_does_not_know(project):
-    small = Device("TPU small", 1e14, 60e6, 1.0)
-    settings = ["model.hidden_size=256", "train.global_batch_size=8", "sample.block_images=8"]
-    (fault,) = told(project, *settings, device=small, devices=8).faults
-    assert fault.endswith("set run.parallel to fsdp, for the 8 devices to share what each holds now")
-
-
 def test_a_batch_that_the_devices_cannot_share_is_refused(project):
     (fault,) = told(project, device="H100", devices=3).faults
     assert fault == (
