@@ -102,7 +102,8 @@ def in_two(world, folder, cases, latents):  # noqa: F811
 
 @pytest.mark.slow
 def test_two_processes_change_the_weights_by_rounding_alone(latents, tmp_path):  # noqa: F811
-    told = two(in_two, tmp_path, CASES, latents)
+    cases = {name: case for name, case in CASES.items() if "again" not in name}
+    told = two(in_two, tmp_path, cases, latents)
     assert told == [None, None], told
     for dtype in DTYPES:
         one = results(latents, {"one": {}}, dtype)["one"]

@@ -15,8 +15,8 @@ from tiny_training import NOWHERE, another, counted, until, write_project, writt
 from dit.config import read_params
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"ddp": 300, "fsdp": 120}  # many more than are made while a process is ended
-RUN = {"processes": 2, "restarts": 1, "log_every_steps": 7, "checkpoint_every_steps": 10}
+STEPS = {"ddp": 300, "fsdp": 60}  # many more than are made while a process is ended
+RUN = {"processes": 2, "restarts": 1, "log_every_steps": 7, "checkpoint_every_steps": 5}
 SETTINGS = {"snapshot_every_steps": 50, "grad_clip": 1.0, "lr": 1e-3}
 
 
@@ -53,12 +53,12 @@ class Command:
     def further(self):
         """Wait until two more states count than do now."""
         before = max(counted(self.project), default=0)
-        until(lambda: max(counted(self.project), default=0) >= before + 20 or not self.running(), pause=0.05)
+        until(lambda: max(counted(self.project), default=0) >= before + 10 or not self.running(), pause=0.05)
         assert self.running(), self.text()
 
     def end(self):
         """Wait for it: its exit code, and how it says that it ended. None of its processes is left."""
-        until(lambda: not self.running(), pause=0.1)
+        until(lambda: not self.running(), 240, pause=0.1)
         _, left = psutil.wait_procs(self.seen, 30)
         assert not left, left
         outcome = json.loads((self.project / "scratch" / "outcome" / "train.json").read_text())
@@ -122,7 +122,7 @@ def test_fsdp_stopped_and_started_again_is_the_same_bit_for_bit(projects, start)
     assert next(project.glob(f"scratch/train/*/step-{step:08d}")).is_dir(), "each process has written its part"
     assert not (project / "artifacts" / "train").exists()
     again = start(project)
-    assert again.end() == COMPLETED and f"going on at step {step} of 120" in again.text()
+    assert again.end() == COMPLETED and f"going on at step {step} of 60" in again.text()
     assert_same(project, whole)
 
 
