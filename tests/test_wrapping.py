@@ -155,13 +155,18 @@ def one(latents):
 
 
 def assert_close(ours, theirs, rel=1e-5):
-    """Rows, and the tensors that Adam does not blow rounding up in."""
+    """Rows, and the tensors; but not the keys' biases, whose gradients are nothing but rounding, which Adam blows up."""
     for a, b in zip(ours[0], theirs[0], strict=True):
         assert [x is None for x in a] == [x is None for x in b]  # times that no image had
         assert [x for x in a if x is not None] == pytest.approx([x for x in b if x is not None], rel=rel, abs=1e-7)
     assert ours[1].keys() == theirs[1].keys()
     for name, tensor in ours[1].items():
-        assert tensor.shape == theirs[1][name].shape and (tensor - theirs[1][name]).abs().max() < 0.05, name
+        assert tensor.shape == theirs[1][name].shape
+        difference = (tensor - theirs[1][name]).abs()
+        if name.endswith("qkv.bias"):
+            query, _, value = difference.chunk(3)
+            difference = torch.cat([query, value])
+        assert difference.max() < 3e-5, name  # of weights that moved by up to 0.1
 
 
 @pytest.mark.slow
