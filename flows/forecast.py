@@ -63,9 +63,7 @@ def of_devices(device: Devices | None, run: Mapping[str, Any]) -> dict[str, Any]
     if device is None:
         return {}
     count, processes = device.count, run.get("processes")
-    if (
-        count and processes and not device.hosts
-    ):  # torchrun on several hosts is told by their settings how many to start
+    if count and processes and not device.hosts:  # several hosts' own settings tell how many they start
         count = min(count, processes)
     told = {"device": device.name, "devices": count}
     return told if device.name else told | {"elsewhere": True}  # whatever it is, it is not what is seen from here
