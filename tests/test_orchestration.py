@@ -99,15 +99,16 @@ class Local:
 
         run = until(ended, seconds)
         ends = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
-        told = []
 
-        def all_told():  # of what was cancelled, some tasks have no end
-            told[:] = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [number]}}})
-            return run["state_type"] != "COMPLETED" or all(task["state"]["type"] in ends for task in told)
+        def last_told():  # tasks' ends reach the server as events, a moment later; those of a killed process never do
+            told = self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [number]}}})
+            ordered = sorted((task for task in told if task["start_time"]), key=lambda task: task["start_time"])
+            last = {task["name"]: task["state"] for task in ordered}
+            whole = all(state["type"] in ends for state in last.values())
+            return last if whole or run["state_type"] != "COMPLETED" else None
 
-        until(all_told)  # tasks' ends reach the server as events, a moment later
-        ordered = sorted((task for task in told if task["start_time"]), key=lambda task: task["start_time"])
-        return run, {task["name"]: task["state"]["name"] for task in ordered}
+        last = until(lambda: (found := last_told()) is not None and [found])[0]
+        return run, {name: state["name"] for name, state in last.items()}
 
     def completed(self, number, seconds=400):
         run, tasks = self.finished(number, seconds)
