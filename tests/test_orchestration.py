@@ -105,9 +105,9 @@ class Local:
             ordered = sorted((task for task in told if task["start_time"]), key=lambda task: task["start_time"])
             last = {task["name"]: task["state"] for task in ordered}
             whole = all(state["type"] in ends for state in last.values())
-            return last if whole or run["state_type"] != "COMPLETED" else None
+            return [last] if whole or run["state_type"] != "COMPLETED" else None  # there may be none at all
 
-        last = until(lambda: (found := last_told()) is not None and [found])[0]
+        [last] = until(last_told)
         return run, {name: state["name"] for name, state in last.items()}
 
     def completed(self, number, seconds=400):
