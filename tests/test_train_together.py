@@ -15,7 +15,7 @@ from tiny_training import NOWHERE, another, counted, until, write_project, writt
 from dit.config import read_params
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"ddp": 300, "fsdp": 60}  # many more than are made while a process is ended
+STEPS = {"ddp": 450, "fsdp": 60}  # many more than are made while a process is ended
 RUN = {"processes": 2, "restarts": 1, "log_every_steps": 7, "checkpoint_every_steps": 5}
 SETTINGS = {"snapshot_every_steps": 50, "grad_clip": 1.0, "lr": 1e-3}
 
