@@ -14,7 +14,8 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.schemas.events import Event
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Completed, Crashed, Failed, Running
-from toy_pipeline import REPOSITORY, until
+from toy_pipeline import REPOSITORY
+from waiting import until
 
 from flows import automations, events, servers, services
 

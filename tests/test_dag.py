@@ -10,7 +10,8 @@ import pytest
 import toy_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_pipeline import REPOSITORY, processes_in, tell, train_started, until, words_of
+from toy_pipeline import REPOSITORY, processes_in, tell, train_started, words_of
+from waiting import until
 
 from dit import locks
 from flows import dag

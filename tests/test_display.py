@@ -16,7 +16,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from toy_pipeline import REPOSITORY, until
+from toy_pipeline import REPOSITORY
+from waiting import until
 
 from flows import display, events
 

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from toy_pipeline import until
+from waiting import until
 
 from dit import cli
 from dit.paths import Paths, write_json

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from test_storage import credentials, faulty  # noqa: F401 (fixtures)
-from tiny_training import NOWHERE, another, counted, ended, killed, until, write_project, written
+from tiny_training import NOWHERE, another, counted, ended, killed, write_project, written
+from waiting import until
 
 RUN = {"log_every_steps": 3, "checkpoint_every_steps": 4}
 

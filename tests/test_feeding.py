@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from waiting import until
 
 from dit.checkpoint import save_tensors
 from dit.dataset import LatentDataset
@@ -41,13 +42,6 @@ class Watched(LatentDataset):
 
 def feeding():
     return [thread for thread in threading.enumerate() if thread.name == "feed"]
-
-
-def until(true):
-    end = time.monotonic() + 60
-    while not true() and time.monotonic() < end:
-        time.sleep(0.005)
-    return true()
 
 
 @pytest.mark.parametrize("where", ["memory", "mapped"])

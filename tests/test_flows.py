@@ -8,7 +8,8 @@ import sys
 import pytest
 import toy_pipeline
 from prefect import flow
-from toy_pipeline import REPOSITORY, processes_in, tell, train_started, until
+from toy_pipeline import REPOSITORY, processes_in, tell, train_started
+from waiting import until
 
 from flows import worktrees
 from flows.workplace import Wanted

@@ -16,6 +16,7 @@ pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate, of
 
 import toy_cluster  # noqa: E402
 from ports import free_port  # noqa: E402
+from waiting import until
 
 from flows import cluster, hosts, manifests, pods  # noqa: E402
 from flows.hosts import HostSettings, run_on_hosts  # noqa: E402
@@ -110,14 +111,6 @@ def go(root, stage="sample", count=2, lines=None, environment=(), **more):
         stage, root, said.append, hosts=count, settings=settings(root, **more), environment=environment
     )
     return *result, said
-
-
-def until(ready, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := ready()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
 
 
 def alone(toy, root):

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from test_storage import credentials, faulty  # noqa: F401 (fixtures)
+from waiting import until
 
 from dit import latentcache
 from dit.checkpoint import load_tensors, save_tensors
@@ -69,13 +70,6 @@ def streamed(here, source, size=4, cache_gb=1.0, seed=0, **options):
 
 def kept(here):
     return {file.stem for file in (here.parent / "cache").glob("*.safetensors")}
-
-
-def until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.01)
-    return true()
 
 
 def test_the_next_windows_shards_come_while_this_one_is_read(here, encoded, monkeypatch):

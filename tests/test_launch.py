@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ports import free_port
+from waiting import until
 
 from dit import launch, team
 from dit.runtime import RunConfig
@@ -102,13 +103,6 @@ def gone(pid):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def until(ready, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_one_command_starts_the_processes_and_a_signal_lets_all_of_them_save(toy):

@@ -8,7 +8,8 @@ import sys
 
 import psutil
 import pytest
-from toy_pipeline import REPOSITORY, until
+from toy_pipeline import REPOSITORY
+from waiting import until
 
 from flows import dag
 from flows.leash import escalation, save_seconds

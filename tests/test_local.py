@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import toy_pipeline
 from ports import free_port
-from toy_pipeline import processes_in, tell, train_started, until, with_code, words_of
+from toy_pipeline import processes_in, tell, train_started, with_code, words_of
+from waiting import until
 
 from flows import services
 

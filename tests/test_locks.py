@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_pipeline import until
+from waiting import until
 
 from dit import locks
 

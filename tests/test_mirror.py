@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
-from test_saving import killed, names, until
+from test_saving import killed, names
 from test_states import VALUES, same, tensors
 from test_storage import credentials, faulty, moto  # noqa: F401 (fixtures)
+from waiting import until
 
 from dit import mirror as room
 from dit import storage

@@ -20,7 +20,8 @@ import psutil
 import pytest
 from ports import free_port
 from test_pipeline import lengthen, states
-from toy_pipeline import processes_in, until
+from toy_pipeline import processes_in
+from waiting import until
 
 from dit.check import STAGES
 from dit.shards import SPLITS, stream_split

@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from toy_pipeline import until
+from waiting import until
 
 from dit import outbox
 from dit.outbox import BATCH, Outbox, Point

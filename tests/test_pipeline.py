@@ -12,7 +12,7 @@ import psutil
 import pytest
 from checkout import ran, repro, stale
 from safetensors.torch import load_file
-from toy_pipeline import until
+from waiting import until
 
 from dit.check import STAGES
 

@@ -11,7 +11,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.flow_engine import run_flow
 from prefect.runtime import flow_run
 from prefect.states import Cancelling, Completed, Crashed, Running, Scheduled
-from toy_pipeline import until
+from waiting import until
 
 from dit.estimate import DEVICES
 from flows import placement

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_pipeline import until
+from waiting import until
 
 from dit import resume
 from dit.paths import Paths

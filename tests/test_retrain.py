@@ -10,7 +10,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from toy_pipeline import REPOSITORY, until
+from toy_pipeline import REPOSITORY
+from waiting import until
 
 from dit import locks
 from dit.config import read_params

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from test_states import VALUES, same, saved, tensors
+from waiting import until
 
 from dit.parallel import World
 from dit.saving import Saver
@@ -43,13 +44,6 @@ def killed(work):
     child.join()
 
 
-def until(true):
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.0005)
-
-
 def names(folder):
     return sorted(file.name for file in folder.iterdir())
 
@@ -75,7 +69,7 @@ def test_the_loop_goes_on_at_once_and_what_it_changes_is_not_saved(folder):
     for tensor in live.values():
         tensor.fill_(9)
     values["rows"].append([2, 3.0])
-    until(lambda: seen)
+    until(lambda: seen, pause=0.0005)
     assert latest_state(folder) is None, "it does not count before all that belongs to it is there"
     second = threading.Thread(target=saver.save, args=(TrainingState(6, live, values),))
     second.start()
@@ -134,7 +128,7 @@ def test_sigkill_while_tensors_are_written(folder):
 
     for _ in range(9):  # if it was faster than what watches it: once more
         with killed(work) as child:
-            until(lambda: list(folder.glob(".step-00000010*")) or not child.is_alive())
+            until(lambda: list(folder.glob(".step-00000010*")) or not child.is_alive(), pause=0.0005)
         if latest_state(folder).step == 5:
             break
         forget(folder, 10)
@@ -146,7 +140,7 @@ def test_sigkill_while_tensors_are_written(folder):
 def test_sigkill_between_tensors_and_sidecar(folder):
     saved(folder, 5)
     with killed(lambda: saved_slowly(folder, 10)):
-        until((folder / "step-00000010.safetensors").exists)
+        until((folder / "step-00000010.safetensors").exists, pause=0.0005)
     assert latest_state(folder).step == 5
     Saver(folder, 2)
     assert names(folder) == ["step-00000005.json", "step-00000005.safetensors"]

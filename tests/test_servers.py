@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from ports import free_port
-from toy_pipeline import until
+from waiting import until
 
 from flows import servers, services
 from flows.services import Service

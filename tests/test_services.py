@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from toy_pipeline import REPOSITORY, until
+from toy_pipeline import REPOSITORY
+from waiting import until
 
 from flows import services
 from flows.services import Service

@@ -8,12 +8,12 @@ import stat
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 from ports import free_port
 from tiny_model import write_model
+from waiting import until
 
 ROOT = Path(__file__).parents[1]
 # srun: the command once for each node, with what a step is told; signals are passed on, the highest status is its own.
@@ -103,13 +103,6 @@ def job(tmp_path):
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=60)
-
-
-def until(ready):
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 SAMPLE, SHARD = "python -m dit.stages.sample", "python -m dit.stages.shard"

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 from PIL import Image
-from toy_pipeline import REPOSITORY, until
+from toy_pipeline import REPOSITORY
+from waiting import until
 
 from dit import presets
 from flows import study as flow_file

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ports import free_port
 from tiny_model import write_training
-from toy_pipeline import until
+from waiting import until
 
 from dit import tracking
 from dit.paths import Paths, write_json

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 from checkout import environment
-from tiny_training import NOWHERE, another, counted, until, write_project, written
+from tiny_training import NOWHERE, another, counted, write_project, written
+from waiting import until
 
 from dit.config import read_params
 

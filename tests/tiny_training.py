@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,11 +95,3 @@ def killed(project: Path, before: Callable[[], None] = lambda: None) -> Any:
     finally:
         child.kill()
         child.join()
-
-
-def until(true: Callable[[], Any], seconds: float = 120, pause: float = 0.005) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(pause)
-    return found

@@ -12,11 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -149,15 +149,6 @@ def train_started(root, seconds=120):
     """Wait until the train stage works; returns its process number."""
     until(lambda: (root / "scratch" / "pid").exists(), seconds)
     return int((root / "scratch" / "pid").read_text())
-
-
-def until(condition, seconds=120):
-    """Wait for something; an error if it takes longer."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-    return value
 
 
 def words_of(process):
