@@ -38,6 +38,7 @@ def received(name, resource):
     return [event["payload"] for event in told["events"]]
 
 
+@pytest.mark.slow
 def test_notify_reaches_the_server_and_says_what_will_come_of_it(server, checkout, capsys):
     assert cli.main(["notify", "--dataset", "nobody"]) == 0
     said = capsys.readouterr().out
@@ -47,6 +48,7 @@ def test_notify_reaches_the_server_and_says_what_will_come_of_it(server, checkou
     until(lambda: received("dit.data.changed", "dit.dataset.nobody") == [{}])
 
 
+@pytest.mark.slow
 def test_the_probe_tells_once_of_each_change(server, checkout, capsys):
     def asked():
         assert cli.main(["notify", "--if-changed"]) == 0
@@ -65,6 +67,7 @@ def test_the_probe_tells_once_of_each_change(server, checkout, capsys):
     until(lambda: [told["files"] for told in received("dit.data.changed", "dit.dataset.photos")] == [2, 3, 3, 2])
 
 
+@pytest.mark.slow
 def test_what_nobody_heard_is_told_again(server, checkout, monkeypatch):
     def refused(*told):
         raise ValueError("no server")
@@ -125,6 +128,7 @@ def test_the_embedded_digits_never_change():
     assert probe.look(data, Paths()) == probe.look(data, Paths()) and probe.look(data, Paths()).files == 1797
 
 
+@pytest.mark.slow
 def test_a_champion_is_told_of_once(server, tmp_path):
     paths, file = Paths(tmp_path), tmp_path / "artifacts" / "register" / "model.json"
     assert not events.tell_champion(paths)

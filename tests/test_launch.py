@@ -105,6 +105,7 @@ def gone(pid):
         return True
 
 
+@pytest.mark.slow
 def test_one_command_starts_the_processes_and_a_signal_lets_all_of_them_save(toy):
     folder, start = toy
     process = start("step")

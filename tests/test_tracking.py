@@ -230,6 +230,7 @@ def server(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_stops_nobody(server, tmp_path, monkeypatch, capsys):
     uri, process = server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
